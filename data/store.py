@@ -1,0 +1,244 @@
+"""The store: one folder of packed pictures that training and testing read. README.md here describes the format.
+
+Reading does not import torch, and lmdb and cv2 are imported where they are used.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from data import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MEAN = "mean.npy"
+CODECS = ("raw", "jpeg")
+HEADER = struct.Struct("<4siHHBBHII")  # magic, label, height, width, channels, codec, 0, CRC-32, length of the rest
+MAGIC = b"ALX1"
+COMMIT_BYTES = 32 << 20  # a transaction's size: what is lost and written again when the map has to grow
+FIRST_MAP = 64 << 20
+
+
+def record_key(index: int) -> bytes:
+    return b"%08d" % index
+
+
+def encode_record(payload: bytes, label: int, shape: tuple[int, int, int], codec: str) -> bytes:
+    """Header and bytes of one picture of shape (height, width, channels)."""
+    crc = zlib.crc32(payload)
+    return HEADER.pack(MAGIC, label, *shape, CODECS.index(codec), 0, crc, len(payload)) + payload
+
+
+def decode_record(value, check: bool) -> tuple[np.ndarray, int]:
+    """Picture (H, W, C) uint8 and label of one record. JPEG records are always checked against their CRC, raw ones
+    where `check` is true. Raises ValueError for a damaged record."""
+    if len(value) < HEADER.size:
+        raise ValueError("the record is too short")
+    magic, label, height, width, channels, codec, _, crc, length = HEADER.unpack_from(value)
+    payload = memoryview(value)[HEADER.size :]
+    if magic != MAGIC or len(payload) != length or codec >= len(CODECS):
+        raise ValueError("the record's header is damaged")
+    jpeg = CODECS[codec] == "jpeg"
+    if (check or jpeg) and zlib.crc32(payload) != crc:
+        raise ValueError("the record's checksum does not match")
+    if jpeg:
+        return _decode_jpeg(payload, channels), label
+    return np.frombuffer(payload, np.uint8).reshape(height, width, channels), label
+
+
+def _decode_jpeg(payload, channels: int) -> np.ndarray:
+    import cv2
+
+    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    picture = cv2.imdecode(np.frombuffer(payload, np.uint8), flag)
+    if picture is None:
+        raise ValueError("the record is no JPEG picture")
+    return picture.reshape(*picture.shape[:2], channels)
+
+
+class Store:
+    """An existing store, opened for reading.
+
+    path: its folder. Files' sizes are compared with the manifest before anything is mapped, because reading past the
+    end of a mapped file kills the process. Raises UserError where something is missing, torn or too new.
+
+    classes: names, by label. size: the pictures' side in pixels. channels: 1 or 3. mean: (size, size, channels)
+    float32. counts: pictures per split. fingerprint: SHA-256 of the manifest.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such folder; python -m data.pack makes a store")
+        try:
+            text = (self.path / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} is not a store; pack it first: python -m data.pack {self.path} --out STORE"
+            ) from None
+        self.manifest = self._parse(text)
+        self.fingerprint = hashlib.sha256(text).hexdigest()
+        self.name: str = self.manifest["name"]
+        self.classes: list[str] = self.manifest["classes"]
+        self.size: int = self.manifest["image_size"]
+        self.channels: int = self.manifest["channels"]
+        self.codec: str = self.manifest["codec"]
+        self.counts = {split: sum(s["count"] for s in shards) for split, shards in self.manifest["shards"].items()}
+        self._check_sizes()
+        self.mean = np.load(self.path / MEAN, allow_pickle=False)
+
+    def _parse(self, text: bytes) -> dict:
+        try:
+            manifest = json.loads(text)
+            version = int(manifest["format"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path / MANIFEST} is damaged; pack the store again") from None
+        if version > FORMAT:
+            raise UserError(
+                f"{self.path} has store format {version}, this code reads up to {FORMAT}; "
+                "update the code or pack the store again"
+            )
+        missing = {"name", "classes", "image_size", "channels", "codec", "shards", "files", "pca"} - set(manifest)
+        if missing:
+            raise UserError(f"{self.path / MANIFEST} lacks {', '.join(sorted(missing))}; pack the store again")
+        return manifest
+
+    def _check_sizes(self) -> None:
+        for name, entry in self.manifest["files"].items():
+            file = self.path / name
+            size = file.stat().st_size if file.exists() else None
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                raise UserError(f"{file} {found}: the store is torn; copy or pack it again")
+
+    def split(self, name: str) -> "Records":
+        """The records of one split. Raises UserError for a split that the store does not have."""
+        if name not in self.counts:
+            raise UserError(f"{self.path} has no split {name!r}, only {', '.join(self.counts)}")
+        return Records(self, name)
+
+
+class Records:
+    """Random access to one split. Environments are opened at the first read of a process, so an object can travel
+    to worker processes; indices are 0..len-1."""
+
+    def __init__(self, store: Store, split: str):
+        shards = store.manifest["shards"][split]
+        self.path = store.path
+        self.shape = (store.size, store.size, store.channels)
+        self.classes = len(store.classes)
+        self.folders = [shard["folder"] for shard in shards]
+        self.starts = np.cumsum([0] + [shard["count"] for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, indices, check: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures (n, H, W, C) uint8 and labels (n,) int64. check: compare the CRC of raw records, too."""
+        images = np.empty((len(indices), *self.shape), np.uint8)
+        labels = np.empty(len(indices), np.int64)
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        for shard in np.unique(shards):
+            with _environment(self.path / self.folders[shard]).begin(buffers=True) as transaction:
+                for row in np.flatnonzero(shards == shard):
+                    images[row], labels[row] = self._one(transaction, int(indices[row]), check)
+        return images, labels
+
+    def _one(self, transaction, index: int, check: bool) -> tuple[np.ndarray, int]:
+        try:
+            value = transaction.get(record_key(index))
+            if value is None:
+                raise ValueError("the record is missing")
+            picture, label = decode_record(value, check)
+            if picture.shape != self.shape:
+                raise ValueError(f"the picture's shape is {picture.shape} instead of {self.shape}")
+            if not 0 <= label < self.classes:
+                raise ValueError(f"label {label} is not one of {self.classes} classes")
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: picture {index}: {error}; copy or pack the store again "
+                f"(python -m data.pack --verify {self.path} checks all of it)"
+            ) from None
+        return picture, label
+
+
+_environments: dict = {}  # (process, device, inode) -> environment: lmdb allows one per file and process
+
+
+def _environment(folder: Path):
+    import lmdb
+
+    file = (folder / "data.mdb").stat()
+    key = (os.getpid(), file.st_dev, file.st_ino)
+    if key not in _environments:
+        try:
+            _environments[key] = lmdb.open(
+                str(folder), readonly=True, lock=False, readahead=False, meminit=False, max_spare_txns=4
+            )
+        except lmdb.Error as error:
+            raise UserError(f"{folder} cannot be opened ({error}); copy or pack the store again") from None
+    return _environments[key]
+
+
+class ShardWriter:
+    """Writes one shard: records in the order of their indices, into a new LMDB environment in `folder`."""
+
+    def __init__(self, folder: Path):
+        import lmdb
+
+        folder.mkdir(parents=True)
+        # Readers built on LMDB 0.9 are everywhere; lmdb 3 would also write the newer file format.
+        old_format = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
+        self.folder, self.count, self.pending, self.pending_bytes = folder, 0, [], 0
+        self.environment = lmdb.open(str(folder), map_size=FIRST_MAP, lock=False, sync=False, **old_format)
+
+    def put(self, index: int, record: bytes) -> None:
+        self.pending.append((record_key(index), record))
+        self.pending_bytes += len(record)
+        self.count += 1
+        if self.pending_bytes >= COMMIT_BYTES:
+            self._commit()
+
+    def _commit(self) -> None:
+        import lmdb
+
+        try:
+            with self.environment.begin(write=True) as transaction:
+                for key, record in self.pending:
+                    if not transaction.put(key, record, append=True):
+                        raise AssertionError(f"key {key!r} is out of order")
+        except lmdb.MapFullError:  # the whole transaction is undone: grow the map and write it again
+            self.environment.set_mapsize(2 * self.environment.info()["map_size"])
+            return self._commit()
+        except lmdb.Error as error:
+            raise UserError(f"{self.folder}: {error}; is the disk full?") from None
+        self.pending, self.pending_bytes = [], 0
+
+    def close(self) -> None:
+        """Write what is left and bring it to the disk."""
+        self._commit()
+        self.environment.sync(True)
+        self.abandon()
+
+    def abandon(self) -> None:
+        self.environment.close()
+
+
+def file_entry(path: Path) -> dict:
+    """Size and SHA-256 of a file, as the manifest keeps them."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's new entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,256 @@
+"""AlexNet, as in Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks"
+(NIPS 2012): layers, local response normalisation (LRN), dropout and initialisation. One file, torch only; copied
+alone, it works.
+
+The net for 224 x 224 pictures and 1000 classes, one column (the paper's figure 2 with both halves joined):
+
+    layer   what it does                          output          parameters
+    images  RGB, 0..255 minus the mean            3 x 224 x 224
+    conv1   96 kernels 11x11, stride 4, pad 2     96 x 55 x 55        34,944
+    norm1   LRN after the ReLU                    96 x 55 x 55
+    pool1   max 3x3, stride 2                     96 x 27 x 27
+    conv2   256 kernels 5x5, pad 2                256 x 27 x 27      614,656
+    norm2   LRN after the ReLU                    256 x 27 x 27
+    pool2   max 3x3, stride 2                     256 x 13 x 13
+    conv3   384 kernels 3x3, pad 1                384 x 13 x 13      885,120
+    conv4   384 kernels 3x3, pad 1                384 x 13 x 13    1,327,488
+    conv5   256 kernels 3x3, pad 1                256 x 13 x 13      884,992
+    pool3   max 3x3, stride 2                     256 x 6 x 6
+    fc6     dense, then ReLU and dropout          4096            37,752,832
+    fc7     dense, then ReLU and dropout          4096            16,781,312
+    fc8     dense, no ReLU: the logits            1000             4,097,000
+                                                  in all          62,378,344
+
+Sources named below: *paper* is the text; *2012 code* is the authors' own source (Computer History Museum, 2025).
+"""
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}
+ORDERS = ("paper",)
+RECIPES = ("2012", "paper")
+
+# LRN's four numbers (paper, section 3.3). The paper prints alpha alone; its authors' code divides it by n.
+LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K = 5, 1e-4, 0.75, 2.0
+
+# On a CPU, LRN works through the batch in pieces that stay in the cache: this many numbers at a time.
+CPU_PIECE = 600_000
+
+
+class AlexNet(nn.Module):
+    """AlexNet for square RGB pictures.
+
+    num_classes: number of logits.
+    image_size: side of the input in pixels, at least 63. 227 is taken without padding in conv1 (Caffe's size, the
+        same maps); every other size is padded by 2, which makes the paper's 224 give 55 x 55.
+    columns: 1, or 2 for the paper's two GPUs as one module: conv2, conv4 and conv5 and both LRNs then see their own
+        half of the channels only (paper, figure 2).
+    order: "paper" (ReLU, LRN, pooling).
+    activation: "relu", or "tanh" (paper, figure 1).
+    lrn, overlapping_pool, dropout: the paper's sections 3.3, 3.4 and 4.2; False, False (2x2 windows instead of 3x3,
+        the same map sizes) and 0 leave them out.
+
+    Raises ValueError where an option is not one of these.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        *,
+        image_size: int = 224,
+        columns: int = 1,
+        order: str = "paper",
+        activation: str = "relu",
+        lrn: bool = True,
+        overlapping_pool: bool = True,
+        dropout: float = 0.5,
+    ):
+        super().__init__()
+        _check("num_classes", num_classes, isinstance(num_classes, int) and num_classes >= 1, "a whole number from 1")
+        _check("image_size", image_size, isinstance(image_size, int) and image_size >= 63, "63 pixels or more")
+        _check("columns", columns, columns in (1, 2), "1 or 2")
+        _check("order", order, order in ORDERS, " or ".join(ORDERS))
+        _check("activation", activation, activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
+        _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
+        # What rebuilds this net: checkpoints keep it beside the weights.
+        self.config = {
+            "num_classes": num_classes, "image_size": image_size, "columns": columns, "order": order,
+            "activation": activation, "lrn": lrn, "overlapping_pool": overlapping_pool, "dropout": dropout,
+        }
+        act = ACTIVATIONS[activation]
+        window = 3 if overlapping_pool else 2
+        padding = 0 if image_size == 227 else 2
+
+        self.conv1 = nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=padding)
+        self.act1 = act()
+        self.norm1 = LocalResponseNorm(columns) if lrn else nn.Identity()
+        self.pool1 = nn.MaxPool2d(window, stride=2)
+        self.conv2 = nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=columns)
+        self.act2 = act()
+        self.norm2 = LocalResponseNorm(columns) if lrn else nn.Identity()
+        self.pool2 = nn.MaxPool2d(window, stride=2)
+        self.conv3 = nn.Conv2d(256, 384, kernel_size=3, padding=1)  # sees both columns
+        self.act3 = act()
+        self.conv4 = nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=columns)
+        self.act4 = act()
+        self.conv5 = nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=columns)
+        self.act5 = act()
+        self.pool3 = nn.MaxPool2d(window, stride=2)
+
+        side = (image_size + 2 * padding - 11) // 4 + 1  # conv1: 55 at 224, 15 at 64
+        for _ in range(3):
+            side = (side - window) // 2 + 1  # pools: 27, 13, 6 at 224; 7, 3, 1 at 64
+        self.fc6 = nn.Linear(256 * side * side, 4096)
+        self.act6 = act()
+        self.drop6 = Dropout(dropout)
+        self.fc7 = nn.Linear(4096, 4096)
+        self.act7 = act()
+        self.drop7 = Dropout(dropout)
+        self.fc8 = nn.Linear(4096, num_classes)
+        self.init_weights()
+
+    def init_weights(self, recipe: str = "2012") -> None:
+        """Draw all weights and biases anew from torch's global generator; recipe is "2012" or "paper"."""
+        _check("recipe", recipe, recipe in RECIPES, " or ".join(RECIPES))
+        for name, layer in self.named_children():
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
+            std = 0.01  # every layer: paper, section 5
+            if recipe == "2012" and name in ("conv3", "conv4", "conv5"):
+                std = 0.03  # initW of layers-145.cfg (2012 code)
+            nn.init.normal_(layer.weight, 0.0, std)
+            # Ones feed the ReLUs positive inputs from the start; conv1, conv3 and fc8 start at 0 (paper, section 5).
+            nn.init.constant_(layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0)
+
+    def features(self, images: Tensor) -> Tensor:
+        """fc7's outputs after activation and dropout (in eval mode: times 0.5), (N, 4096), for images as in forward."""
+        size = self.config["image_size"]
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size) or not images.is_floating_point():
+            got = f"{tuple(images.shape)} {images.dtype}"
+            raise ValueError(f"this net takes float images of shape (N, 3, {size}, {size}), not {got}")
+        # Shapes in brackets are those of 224 x 224 pictures.
+        x = self.norm1(self.act1(self.conv1(images)))  # (N, 96, 55, 55)
+        x = self.pool1(x)  # (N, 96, 27, 27)
+        x = self.norm2(self.act2(self.conv2(x)))  # (N, 256, 27, 27)
+        x = self.pool2(x)  # (N, 256, 13, 13)
+        x = self.act3(self.conv3(x))  # (N, 384, 13, 13)
+        x = self.act4(self.conv4(x))  # (N, 384, 13, 13)
+        x = self.pool3(self.act5(self.conv5(x)))  # (N, 256, 6, 6)
+        x = x.flatten(1)  # (N, 9216), channel by channel
+        x = self.drop6(self.act6(self.fc6(x)))  # (N, 4096)
+        return self.drop7(self.act7(self.fc7(x)))  # (N, 4096)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (N, num_classes), of float images (N, 3, S, S) on the 0..255 scale with the mean subtracted."""
+        return self.fc8(self.features(images))
+
+
+class Dropout(nn.Module):
+    """The paper's dropout (section 4.2): training multiplies by a mask of zeros and ones and does not rescale,
+    testing multiplies by 1 - p. torch.nn.Dropout instead divides by 1 - p in training: with the paper's
+    initialisation such a net does not leave the plateau. Masks come from torch's global generator."""
+
+    def __init__(self, p: float = 0.5):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0:
+            return x
+        if not self.training:
+            return x * (1 - self.p)
+        return x * torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class LocalResponseNorm(nn.Module):
+    """The paper's LRN (section 3.3) over the channels of (N, C, H, W), for positive and negative inputs alike:
+
+        b[c] = a[c] / d[c] ** beta,   d[c] = k + alpha / n * (sum of a[j] ** 2 over the n channels j around c)
+
+    The sum stops at the first and last channel of a column. The division of alpha by n is the 2012 code's; Caffe and
+    torch.nn.LocalResponseNorm do the same. Works in float32 or better; the output has the input's dtype.
+    """
+
+    def __init__(self, columns=1, size=LRN_SIZE, alpha=LRN_ALPHA, beta=LRN_BETA, k=LRN_K):
+        super().__init__()
+        _check("size", size, size % 2 == 1, "odd")
+        self.columns, self.size, self.alpha, self.beta, self.k = columns, size, alpha, beta, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _LRN.apply(x, self.columns, self.size, self.alpha / self.size, self.beta, self.k)
+
+    def extra_repr(self) -> str:
+        return f"columns={self.columns}, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+
+
+class _LRN(torch.autograd.Function):
+    """LRN with its derivative written out. With s = alpha / n, and g the gradient that arrives at b:
+
+        grad[c] = g[c] / d[c] ** beta  -  2 s beta a[c] * (sum of g[j] a[j] / d[j] ** (beta + 1) over j around c)
+
+    Only the input is kept: computing d once more in the cache is as fast as reading it back from memory.
+    """
+
+    @staticmethod
+    def forward(ctx, a, columns, size, scale, beta, k):
+        ctx.save_for_backward(a)
+        ctx.options = columns, size, scale, beta, k
+        b = torch.empty_like(a)
+        for a_piece, b_piece in _pieces(columns, a, b):
+            b_piece.copy_(a_piece * _power(_denominator(a_piece, size, scale, k), beta))
+        return b
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (a,) = ctx.saved_tensors
+        columns, size, scale, beta, k = ctx.options
+        grad = torch.empty_like(a)
+        for a_piece, g_piece, grad_piece in _pieces(columns, a, g, grad):
+            d = _denominator(a_piece, size, scale, k)
+            direct = g_piece * _power(d, beta)
+            through_d = _window_sum(direct * a_piece / d, size)
+            grad_piece.copy_(direct.addcmul_(a_piece, through_d, value=-2 * scale * beta))
+        return grad, None, None, None, None, None
+
+
+def _pieces(columns: int, *tensors: Tensor):
+    """Tuples of matching parts of (N, C, H, W) tensors as (n, columns, C / columns, H, W): the whole, but on a CPU."""
+    first = tensors[0]
+    if first.device.type != "cpu" or torch.compiler.is_compiling():
+        n = max(1, len(first))
+    else:
+        n = max(1, CPU_PIECE * len(first) // max(1, first.numel()))
+    views = [t.unflatten(1, (columns, t.shape[1] // columns)) for t in tensors]
+    return zip(*(v.split(n) for v in views), strict=True)
+
+
+def _denominator(a: Tensor, size: int, scale: float, k: float) -> Tensor:
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
+    return _window_sum(a * a, size).mul_(scale).add_(k)
+
+
+def _window_sum(x: Tensor, size: int) -> Tensor:
+    """For each channel of (n, columns, C, H, W), the sum over the `size` channels around it in its column."""
+    total = x.clone()
+    for offset in range(1, min(size // 2 + 1, x.shape[2])):
+        total[:, :, offset:] += x[:, :, :-offset]
+        total[:, :, :-offset] += x[:, :, offset:]
+    return total
+
+
+def _power(d: Tensor, beta: float) -> Tensor:
+    """d ** -beta; for the paper's 0.75 as a product of square roots, several times faster than pow."""
+    if beta != 0.75:
+        return d.pow(-beta)
+    root = d.rsqrt()
+    return root.sqrt().mul_(root)
+
+
+def _check(name: str, value, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")

@@ -1,0 +1,242 @@
+"""What train.py and test.py share: seeds, error counts, evaluation, checkpoints, the run's log and its curves."""
+
+import json
+import math
+import os
+import pickle
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import UserError
+from data.augment import Augment
+from data.loader import Loader
+from data.sources import to_square
+from data.store import sync_folder
+from model import AlexNet
+
+ROOT = Path(__file__).parent
+CHECKPOINTS = ROOT / "checkpoints"
+CHECKPOINT_KEYS = ("model", "config", "classes", "mean", "store_size", "resize", "image_size", "epoch", "step", "best")
+
+# ---------------------------------------------------------------------------------------------- devices and seeds
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cuda" or "cpu"; under torchrun each local process has its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed torch's generators from several whole numbers, such as (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def error_counts(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many of (n, classes) scores miss the label with their best and with their five best classes (all of them
+    where there are fewer than five): (2,) int64 on the device."""
+    best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return torch.stack([(~best[:, 0]).sum(), (~best.any(1)).sum()])
+
+
+def percent(count: float, total: int) -> float:
+    return 100 * count / total
+
+
+def wilson_interval(wrong: int, total: int) -> tuple[float, float]:
+    """95% interval of an error rate in percent, by Wilson's score."""
+    z, rate = 1.959964, wrong / total
+    middle = (rate + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+@torch.no_grad()
+def evaluate(members, loader: Loader, *, ten_crop=False, batch_size=128, shard=(0, 1), each_batch=None) -> Tensor:
+    """Sums over a split: (3,) float64 on the device, of the cross-entropy, the top-1 misses and the top-5 misses.
+
+    members: (net, Augment) pairs in eval mode; several are an ensemble. The softmax outputs are averaged over crops
+    and over members (paper, sections 4.1 and 6). shard: (rank, processes): this process takes every processes-th
+    picture from rank on, so that together they count each picture once. each_batch(indices, probabilities, labels)
+    is called for every batch.
+    """
+    mine = np.arange(shard[0], len(loader), shard[1])
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    sums = torch.zeros(3, dtype=torch.float64, device=loader.device)
+    for indices, (images, labels) in zip(batches, loader.batches(batches), strict=True):
+        total, outputs = 0, 0
+        for net, augment in members:
+            for inputs in augment.ten_crop(images) if ten_crop else (augment.center(images),):
+                total = total + net(inputs).double().softmax(1)
+                outputs += 1
+        probabilities = total / outputs
+        sums[0] += F.nll_loss(probabilities.clamp_min(1e-300).log(), labels, reduction="sum")
+        sums[1:] += error_counts(probabilities, labels)
+        if each_batch:
+            each_batch(indices, probabilities, labels)
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write beside `path`, bring it to the disk, rename: there is always a whole file at `path`. Raises UserError,
+    and leaves the old file, where a weight is not finite or the disk is full."""
+    for name, tensor in checkpoint["model"].items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} is no longer finite at step {checkpoint['step']}; {path} was not written")
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); is the disk full?") from None
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> dict:
+    """A checkpoint of train.py as a dict. Only plain values and tensors are read, never code. Raises UserError for
+    a file that is missing, damaged or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise UserError(f"{path} is no checkpoint of this project, or is damaged") from None
+    if not isinstance(checkpoint, dict) or not set(CHECKPOINT_KEYS) <= set(checkpoint):
+        raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(_missing(checkpoint))}")
+    return checkpoint
+
+
+def _missing(checkpoint) -> list[str]:
+    return [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+
+
+def build_net(checkpoint: dict, path: str | Path) -> AlexNet:
+    """The net of a checkpoint with its weights."""
+    try:
+        net = AlexNet(**checkpoint["config"])
+        net.load_state_dict(checkpoint["model"])
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: the weights do not fit the net: {str(error).splitlines()[0]}") from None
+    return net
+
+
+def load_model(path: str | Path, device="cpu"):
+    """(model, prepare) of a checkpoint. model: AlexNet in eval mode, with a list `classes`. prepare: a function from
+    one PIL picture, or a list of them, to the model's input, (n, 3, S, S) float: resized, cropped, mean subtracted
+    as in training; prepare(pictures, ten_crop=True) gives ten such inputs. Raises UserError for a bad file."""
+    checkpoint = load_checkpoint(path, device)
+    model = build_net(checkpoint, path).to(device).eval()
+    model.classes = checkpoint["classes"]
+    mean, size = checkpoint["mean"], checkpoint["store_size"]
+    augment = Augment(checkpoint["image_size"], mean, device=device)
+
+    def prepare(pictures, ten_crop: bool = False):
+        pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
+        stored = np.stack([to_square(p, size, mean.shape[2]) for p in pictures])
+        images = torch.from_numpy(stored).to(device)
+        return list(augment.ten_crop(images)) if ten_crop else augment.center(images)
+
+    return model, prepare
+
+
+def newest(name: str) -> Path | None:
+    """The youngest checkpoints/*/NAME, or None."""
+    found = sorted(CHECKPOINTS.glob(f"*/{name}"), key=lambda p: p.stat().st_mtime)
+    return found[-1] if found else None
+
+
+# ---------------------------------------------------------------------------------------------- the run's records
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, hardware and commit, for config.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "device": name,
+        "threads": torch.get_num_threads(), "commit": commit or None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def append_line(path: Path, entry: dict) -> None:
+    """Add one JSON line to a log and bring it to the disk."""
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; a last line that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file, whole or not at all."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def plot_curves(log: list[dict], path: Path) -> None:
+    """Loss and top-1 error over epochs, training and validation, with the drops of the rate marked, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [entry["epoch"] for entry in log]
+    drops = [b["epoch"] - 0.5 for a, b in zip(log, log[1:], strict=False) if b["lr"] < a["lr"]]
+    panels = (("loss", "train_loss", "val_loss"), ("top-1 error (%)", "train_top1_error", "val_top1_error"))
+    for axes, (label, train, val) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.plot(epochs, [entry[train] for entry in log], "o-", ms=3, label="training (with dropout)")
+        axes.plot(epochs, [entry[val] for entry in log], "s-", ms=3, label="validation")
+        for number, drop in enumerate(drops):
+            axes.axvline(drop, color="0.6", ls=":", label=None if number else "learning rate / 10")
+        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
