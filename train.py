@@ -15,32 +15,29 @@ import os
 import signal
 import sys
 import time
-from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from argparse import Namespace
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from data import Parser, UserError, run_script, sources
-from data.augment import COLOURS, Augment, epoch_tables
+from data import UserError, sources
+from data.augment import Augment, epoch_tables
+from data.cli import run_script
 from data.loader import Loader
-from data.pack import STORES, pack
+from data.pack import named_store
 from data.progress import Progress, duration
 from data.store import Store
-from model import ACTIVATIONS, ORDERS, RECIPES, AlexNet
+from model import AlexNet
+from options import parse, settle
+from recipe import Schedule, make_optimizer, set_rate
 
-DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5}  # epochs, batch: paper, section 5
-SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
-MAX_DROPS = 3  # paper, section 5: the rate was "reduced three times prior to termination"
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 SAVE_SECONDS = 600  # last.pt is written this often in mid-epoch
 STUCK_STEPS = 500  # from here on a loss that is still ln(classes) is warned of
-CHANGEABLE = {"epochs", "max_steps", "workers", "device", "download", "out", "resume"}  # with --resume
 
 
 def main(argv=None) -> int:
@@ -51,12 +48,14 @@ def main(argv=None) -> int:
     settle(args, store, device, world)
 
     net = build_net(args, store).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(parameter_groups(net, args), lr=args.lr, momentum=args.momentum, fused=True)
+    optimizer = make_optimizer(
+        net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
     run = Run(args, store, device, rank, world, net, optimizer, State(), Schedule(args.lr, args.patience))
     if args.resume:
         load_last(run)
         if is_over(run):
-            run.say(f"{args.out} is finished ({run.state.step} steps); {test_command(args)} tests it")
+            run.say(f"nothing left to do\n{conclusion(run, 0)}")
             return 0
     run.say(describe(run))
     prepare_folder(run)
@@ -84,33 +83,6 @@ class State:
 
 
 @dataclass
-class Schedule:
-    """The paper's learning rate: divided by 10 when the validation error stops improving, three times; the wait
-    after that ends the run."""
-
-    lr: float
-    patience: int
-    best: float = math.inf
-    waited: int = 0
-    drops: int = 0
-    finished: bool = False
-
-    def update(self, error: float) -> None:
-        """Take in an epoch's validation top-1 error."""
-        if error < self.best:
-            self.best, self.waited = error, 0
-            return
-        self.waited += 1
-        if self.waited >= self.patience:
-            self.waited = 0
-            if self.drops == MAX_DROPS:
-                self.finished = True
-            else:
-                self.drops += 1
-                self.lr /= 10
-
-
-@dataclass
 class Run:
     """What the loop works on, put together by main()."""
 
@@ -123,6 +95,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     state: State
     schedule: Schedule
+    warned: bool = False
 
     @property
     def steps(self) -> int:
@@ -180,7 +153,7 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     # What a resumed epoch has already summed up counts once, in the first process.
     start = [state.loss_sum, state.wrong] if run.rank == 0 else [0, 0]
     sums = torch.tensor(start, dtype=torch.float64, device=run.device)
-    look, saved, stop = Look(run, first, float(start[0])), time.monotonic(), 0
+    saved, stop = time.monotonic(), 0
 
     model.train()
     label = f"epoch {state.epoch + 1}/{args.epochs}"
@@ -200,7 +173,7 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
 
             note, due = "", False
             if state.step % LOOK_EVERY == 0:
-                note = look(position + 1, sums)
+                note = look(run, position + 1, sums)
                 due = time.monotonic() - saved > SAVE_SECONDS
             progress.update(args.batch_size, note)
             stop, due = agree(run, signals.received, due)
@@ -212,30 +185,20 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     return sums, (state.step - state.epoch * run.steps - first) * args.batch_size, stop
 
 
-class Look:
-    """The look at the loss: stops a run that has diverged, warns once of one that does not learn."""
-
-    def __init__(self, run: Run, position: int, loss_sum: float):
-        self.run, self.position, self.loss_sum, self.warned = run, position, loss_sum, False
-        self.begun = position, loss_sum
-
-    def __call__(self, position: int, sums) -> str:
-        """`position` steps of the epoch are done, with these sums. Returns the bar's note."""
-        run, share = self.run, self.run.args.batch_size // self.run.world
-        loss_sum, wrong = sums.tolist()
-        check_finite(run, loss_sum)
-        mean = (loss_sum - self.loss_sum) / (share * (position - self.position))
-        self.position, self.loss_sum = position, loss_sum
-        chance = math.log(len(run.store.classes))
-        if not self.warned and run.state.step >= STUCK_STEPS and abs(mean / chance - 1) < 0.01:
-            self.warned = True
-            run.warn(
-                f"after {run.state.step} steps the loss is {mean:.3f}, still ln(classes): nothing has been learnt yet. "
-                "If this goes on: --recipe 2012 leaves this plateau sooner than --recipe paper; try another --lr or "
-                "--seed; are the labels right?"
-            )
-        images = share * position
-        return f"loss {loss_sum / images:.3f}, error {100 * wrong / images:.1f}%"
+def look(run: Run, position: int, sums) -> str:
+    """Look at the loss after `position` steps of the epoch: stop a run that has diverged, warn once of one that has
+    not learnt anything. Returns the bar's note."""
+    images = run.args.batch_size // run.world * position
+    loss_sum, wrong = sums.tolist()
+    check_finite(run, loss_sum)
+    mean, chance = loss_sum / images, math.log(len(run.store.classes))
+    if not run.warned and run.state.step >= STUCK_STEPS and abs(mean / chance - 1) < 0.01:
+        run.warned = True
+        run.warn(
+            f"after {run.state.step} steps the mean loss is {mean:.3f}, still that of guessing. If it stays there: "
+            "--recipe 2012 leaves this plateau sooner than --recipe paper; try another --lr; are the labels right?"
+        )
+    return f"loss {mean:.3f}, error {100 * wrong / images:.1f}%"
 
 
 def check_finite(run: Run, loss_sum: float) -> None:
@@ -293,43 +256,13 @@ def finish_epoch(run: Run, val: Loader, inputs: Augment, sums, images_per_second
 
 def summary(run: Run, entry: dict) -> str:
     images_left = (run.args.epochs * run.steps - run.state.step) * run.args.batch_size
-    left = images_left / entry["images_per_second"]
+    left = duration(images_left / entry["images_per_second"]) if entry["images_per_second"] else "?"
     return (
         f"epoch {entry['epoch']:>2}/{run.args.epochs}  lr {entry['lr']:g}  "
         f"train loss {entry['train_loss']:.4f} error {entry['train_top1_error']:.2f}%  "
         f"val loss {entry['val_loss']:.4f} error {entry['val_top1_error']:.2f}% top-5 {entry['val_top5_error']:.2f}%  "
-        f"{entry['images_per_second']:.0f} images/s  {duration(entry['seconds'])}, at most {duration(left)} left"
+        f"{entry['images_per_second']:.0f} images/s  {duration(entry['seconds'])}, at most {left} left"
     )
-
-
-# ---------------------------------------------------------------------------------------------- the optimiser
-
-
-def parameter_groups(net: nn.Module, args) -> list[dict]:
-    """Recipe 2012: biases learn at twice the rate and do not decay (2012 code: epsB, wc). Recipe paper: the text
-    names one rate and one decay, so all weights and biases have both. `scale` times the schedule's rate is a group's
-    rate."""
-    weights = [p for name, p in net.named_parameters() if name.endswith("weight")]
-    others = [p for name, p in net.named_parameters() if not name.endswith("weight")]
-    if args.recipe == "paper":
-        return [{"params": weights + others, "scale": 1, "weight_decay": args.weight_decay}]
-    return [
-        {"params": weights, "scale": 1, "weight_decay": args.weight_decay},
-        {"params": others, "scale": 2, "lr": 2 * args.lr, "weight_decay": 0.0},
-    ]
-
-
-def set_rate(optimizer, lr: float) -> None:
-    """Set the learning rate so that the update stays the paper's, v = 0.9 v - 0.0005 lr w - lr g; w = w + v.
-    torch's buffer is -v / lr: when lr falls, the buffer has to grow for v to stay what it was."""
-    for group in optimizer.param_groups:
-        old, group["lr"] = group["lr"], lr * group["scale"]
-        if group["lr"] == old:
-            continue
-        for parameter in group["params"]:
-            buffer = optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                buffer.mul_(old / group["lr"])
 
 
 # ---------------------------------------------------------------------------------------------- the run folder
@@ -338,6 +271,8 @@ def set_rate(optimizer, lr: float) -> None:
 def prepare_folder(run: Run) -> None:
     """Start or reopen --out. A fresh run has a last.pt from the first moment, so that --resume always works."""
     out = run.args.out
+    if run.world > 1:
+        dist.barrier()  # no process looks for a free folder any more
     if run.rank:
         return
     if run.args.resume:
@@ -349,7 +284,7 @@ def prepare_folder(run: Run) -> None:
     out.mkdir(parents=True, exist_ok=True)
     arguments = {k: v for k, v in vars(run.args).items() if k not in ("out", "resume", "max_steps")}
     config = {
-        "arguments": arguments, "store": str(run.store.path.resolve()), "fingerprint": run.store.fingerprint,
+        "arguments": arguments, "store": utils.portable(run.store.path), "fingerprint": run.store.fingerprint,
         "processes": run.world, **utils.environment(run.device),
     }
     utils.write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
@@ -363,7 +298,7 @@ def checkpoint(run: Run, full: bool = False) -> dict:
         "mean": store_mean(run.args, run.store), "store_size": run.store.size,
         "resize": run.store.manifest["resize"], "image_size": run.args.image_size, "epoch": run.state.epoch,
         "step": run.state.step, "best": run.state.best, "dataset": run.store.name,
-        "store": str(run.store.path.resolve()),
+        "store": utils.portable(run.store.path),
     }
     if full:
         content["optimizer"] = run.optimizer.state_dict()
@@ -441,10 +376,12 @@ def open_store(args, world: int) -> tuple[Store, str]:
     """The store to train from, and a warning where it is not what a user might expect."""
     if args.data:
         return Store(args.data), ""
+    # torchrun's processes would all pack at once: there the store has to exist.
+    download = None if world > 1 else args.download == "yes"
     if args.dataset:
-        return named_store(args.dataset, args, world), ""
+        return named_store(args.dataset, download), ""
     try:
-        return named_store("cifar10", args, world), ""
+        return named_store("cifar10", download), ""
     except sources.Unavailable as error:
         warning = (
             f"this is the bundled sample (8,000 Fashion-MNIST images), not CIFAR-10: {error}. "
@@ -452,48 +389,7 @@ def open_store(args, world: int) -> tuple[Store, str]:
         )
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return named_store("sample", args, world), warning
-
-
-def named_store(name: str, args, world: int) -> Store:
-    """The store of a named set, packed first where there is none."""
-    path = STORES / name
-    if path.exists():
-        return Store(path)
-    if world > 1:
-        raise UserError(f"{path} does not exist; pack it before torchrun: python -m data.pack {name}")
-    return pack(sources.find(name, args.download == "yes"), path, workers=os.cpu_count() or 1)
-
-
-def settle(args, store: Store, device: torch.device, world: int) -> None:
-    """Fill in what the store and the device decide, and refuse what does not fit them."""
-    if args.resume:
-        config = read_config(args.out)
-        if config["fingerprint"] != store.fingerprint:
-            raise UserError(f"{store.path} has changed since {args.out} was started; restore it or start a new run")
-    for name, value in (DEFAULTS | (SAMPLE_DEFAULTS if store.name == "sample" else {})).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.image_size is None:
-        args.image_size = store.size * 7 // 64 * 8 + (8 if store.size * 7 % 64 else 0)  # 64 of 72, 224 of 256
-    if args.image_size > store.size:
-        raise UserError(f"--image-size {args.image_size}: {store.path} has {store.size} x {store.size} pictures")
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    for split in ("train", "val"):
-        if not store.counts.get(split):
-            raise UserError(f"{store.path} has no {split} pictures; pack it again with some")
-    if args.batch_size > store.counts["train"]:
-        raise UserError(f"--batch-size {args.batch_size}: {store.path} has {store.counts['train']} training pictures")
-    if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    if args.out is None:
-        number = 1
-        while (utils.CHECKPOINTS / f"{store.name}-{number}").exists():
-            number += 1
-        args.out = utils.CHECKPOINTS / f"{store.name}-{number}"
-    elif not args.resume and (args.out / "last.pt").exists():
-        raise UserError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")
+    return named_store("sample", download), warning
 
 
 def build_net(args, store: Store) -> AlexNet:
@@ -547,7 +443,7 @@ def describe(run: Run) -> str:
         f"decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
         "device": f"{machine['device']}, {run.world} process{'es' * (run.world > 1)}, {machine['threads']} threads, "
         f"{args.precision}",
-        "run": f"{args.out}{f', from step {run.state.step}' if args.resume else ''}",
+        "run": f"{utils.shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }
     if store.name == "sample":
         lines["recipe"] += " (the sample has its own epochs, batch and patience)"
@@ -555,138 +451,19 @@ def describe(run: Run) -> str:
 
 
 def test_command(args) -> str:
-    return f"python test.py {args.out / 'best.pt'} --ten-crop"
+    return f"python test.py {utils.shown(args.out / 'best.pt')} --ten-crop"
 
 
 def conclusion(run: Run, status: int) -> str:
-    args, state = run.args, run.state
+    args, state, out = run.args, run.state, utils.shown(run.args.out)
+    resume = f"python train.py --out {out} --resume"
     if status:
-        return f"stopped at step {state.step}; python train.py --out {args.out} --resume goes on from there"
+        return f"stopped at step {state.step}; {resume} goes on from there"
     best = f"lowest validation top-1 error {state.best:.2f}%" if math.isfinite(state.best) else "no whole epoch yet"
-    lines = [f"done: {state.step} steps, {best}", f"{args.out}: best.pt, last.pt, log.jsonl, curves.png"]
+    lines = [f"done: {state.step} steps, {best}", f"in {out}: best.pt, last.pt, log.jsonl, curves.png"]
     if not run.schedule.finished and state.epoch < args.epochs:
-        lines.append(f"go on:   python train.py --out {args.out} --resume")
+        lines.append(f"go on:   {resume}")
     return "\n".join([*lines, f"test it: {test_command(args)}"])
-
-
-# ---------------------------------------------------------------------------------------------- the command line
-
-
-def parse(argv) -> Namespace:
-    """The arguments; with --resume those of the run, but for the few that may change."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    args.data = str(Path(args.data).resolve()) if args.data else None
-    args.out = Path(args.out) if args.out else None
-    if not args.resume:
-        return args
-    last = args.out / "last.pt" if args.out else utils.newest("last.pt")
-    if last is None or not last.exists():
-        raise UserError(f"nothing to resume: no {last or utils.CHECKPOINTS / '*' / 'last.pt'}; start without --resume")
-    parser.set_defaults(**dict.fromkeys(vars(args), SUPPRESS))
-    given = {name: getattr(args, name) for name in vars(parser.parse_args(argv))}
-    stored = read_config(last.parent)["arguments"]
-    for name, value in given.items():
-        if name not in CHANGEABLE and value != stored.get(name):
-            raise UserError(
-                f"{last.parent} was started with {name} {stored.get(name)}, not {value}; "
-                "leave the option out, or start a new run"
-            )
-    changed = {name: value for name, value in given.items() if name in CHANGEABLE}
-    return Namespace(**{**vars(args), **stored, **changed, "out": last.parent, "resume": True})
-
-
-def read_config(out: Path) -> dict:
-    try:
-        config = json.loads((out / "config.json").read_text())
-        return {"arguments": config["arguments"], "fingerprint": config["fingerprint"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None
-
-
-def make_parser() -> Parser:
-    parser = Parser(prog="train.py", description="Train AlexNet. Defaults are the paper's, with the 2012 code's "
-                    "initialisation and bias rate.")
-    data = parser.add_argument_group("data")
-    which = data.add_mutually_exclusive_group()
-    which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
-    which.add_argument("--data", metavar="STORE", help="a store made by python -m data.pack")
-    data.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
-    data.add_argument("--image-size", type=whole(63), metavar="N",
-                      help="side of the net's input in pixels (default: 64 of 72, 224 of 256)")
-    data.add_argument("--mean", choices=("image", "channel"), default="image",
-                      help="subtract the mean image (2012 code) or the mean of each channel (default: %(default)s)")
-    data.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not flip half of the pictures")
-    data.add_argument("--colour", choices=COLOURS, default=COLOURS[0],
-                      help="colour noise by standard deviations (2012 code) or eigenvalues (paper, section 4.1) "
-                      "(default: %(default)s)")
-    data.add_argument("--workers", type=whole(0), default=os.cpu_count(), metavar="N",
-                      help="processes that read what does not fit on the device (default: %(default)s)")
-
-    net = parser.add_argument_group("net")
-    net.add_argument("--columns", type=int, choices=(1, 2), default=1,
-                     help="2: the paper's two GPUs in one module (default: %(default)s)")
-    net.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="ReLU, LRN, pooling (default: %(default)s)")
-    net.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu", help="default: %(default)s")
-    net.add_argument("--no-lrn", dest="lrn", action="store_false", help="leave LRN out (paper, section 3.3)")
-    net.add_argument("--no-overlap", dest="overlap", action="store_false", help="pool 2x2, not 3x3 (section 3.4)")
-    net.add_argument("--no-dropout", dest="dropout", action="store_false", help="leave dropout out (section 4.2)")
-
-    how = parser.add_argument_group("training (paper, section 5)")
-    how.add_argument("--recipe", choices=RECIPES, default=RECIPES[0],
-                     help="2012: deviation 0.03 in conv3-5, biases at twice the rate, no decay on them; paper: 0.01, "
-                     "one rate, decay on all (default: %(default)s)")
-    how.add_argument("--init", metavar="CHECKPOINT", help="start from these weights; fc8 fresh if the classes differ")
-    how.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12)")
-    how.add_argument("--batch-size", type=whole(1), metavar="N", help="of all processes (default: 128; sample: 32)")
-    how.add_argument("--lr", type=number(0), default=0.01, help="learning rate of the weights (default: %(default)s)")
-    how.add_argument("--momentum", type=number(0, 1, True), default=0.9, help="default: %(default)s")
-    how.add_argument("--weight-decay", type=number(0, None, True), default=5e-4, help="default: %(default)s")
-    how.add_argument("--patience", type=whole(1), metavar="N",
-                     help="epochs without a lower validation error until the rate is divided by 10 (default: 5)")
-    how.add_argument("--seed", type=whole(0), default=0, help="of everything that is drawn (default: %(default)s)")
-
-    machine = parser.add_argument_group("machine and run")
-    machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    machine.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                         help="auto: bf16 autocast on a GPU, fp32 on a CPU; weights are fp32 always")
-    machine.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
-    machine.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
-    machine.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
-    machine.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps from the very start")
-    return parser
-
-
-def whole(minimum: int):
-    """An argument type: a whole number from `minimum` on."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise ArgumentTypeError(f"{text} is not a whole number from {minimum} on")
-        return value
-
-    return convert
-
-
-def number(above: float, below: float | None = None, including: bool = False):
-    """An argument type: a number above `above` (or equal, if `including`) and below `below`."""
-
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        low = value > above or (including and value == above)
-        if not (math.isfinite(value) and low and (below is None or value < below)):
-            limits = f"{'at least' if including else 'above'} {above}" + (f" and below {below}" if below else "")
-            raise ArgumentTypeError(f"{text} is not a number {limits}")
-        return value
-
-    return convert
 
 
 if __name__ == "__main__":

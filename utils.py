@@ -20,7 +20,7 @@ from data.sources import to_square
 from data.store import sync_folder
 from model import AlexNet
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CHECKPOINTS = ROOT / "checkpoints"
 CHECKPOINT_KEYS = ("model", "config", "classes", "mean", "store_size", "resize", "image_size", "epoch", "step", "best")
 
@@ -51,15 +51,12 @@ def error_counts(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([(~best[:, 0]).sum(), (~best.any(1)).sum()])
 
 
-def percent(count: float, total: int) -> float:
-    return 100 * count / total
-
-
 def wilson_interval(wrong: int, total: int) -> tuple[float, float]:
     """95% interval of an error rate in percent, by Wilson's score."""
     z, rate = 1.959964, wrong / total
-    middle = (rate + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
+    shrink = 1 + z * z / total
+    middle = (rate + z * z / (2 * total)) / shrink
+    half = z * math.sqrt(rate * (1 - rate) / total + (z / total / 2) ** 2) / shrink
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
@@ -159,6 +156,18 @@ def load_model(path: str | Path, device="cpu"):
         return list(augment.ten_crop(images)) if ten_crop else augment.center(images)
 
     return model, prepare
+
+
+def portable(path: Path) -> str:
+    """A path to keep in files: relative to the repository where it lies within it."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def shown(path: Path) -> str:
+    """A path to print, and to paste: relative to the working directory where it lies within it."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def newest(name: str) -> Path | None:

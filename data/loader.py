@@ -1,5 +1,6 @@
 """Batches from a store: (uint8 pictures (n, H, W, C) on the device, int64 labels on the device)."""
 
+import signal
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -76,3 +77,6 @@ def _start_worker(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # one thread a worker; OpenCV would start one for every core
+    # Ctrl-C reaches the whole process group; the training loop decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Parser, UserError, run_script, sources
+from data import UserError, sources
+from data.cli import Parser, run_script, whole
 from data.progress import Progress
 from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, encode_record, file_entry, sync_folder
 
@@ -48,19 +49,16 @@ def _parse(argv):
     parser = Parser(prog="python -m data.pack", description="Pack pictures into a store, or verify one.")
     parser.add_argument("source", nargs="?", help=f"{', '.join(sources.NAMED)}, an ImageFolder tree or an .h5 file")
     parser.add_argument("--out", help="folder of the store (default: data/stores/NAME)")
-    parser.add_argument("--size", type=int, help="side of the stored pictures in pixels (default: 72 small sets, 256)")
+    parser.add_argument("--size", type=whole(63), metavar="N",
+                        help="side of the stored pictures in pixels (default: 256, small sets 72)")
     parser.add_argument("--codec", choices=CODECS, help="default: raw for small sets, jpeg (quality 90) otherwise")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--shards", type=int, default=1, help="LMDB files a split (default: %(default)s)")
+    parser.add_argument("--workers", type=whole(1), default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--shards", type=whole(1), default=1, help="LMDB files a split (default: %(default)s)")
     parser.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
     parser.add_argument("--verify", metavar="STORE", help="check every file and record of a store")
     args = parser.parse_args(argv)
     if bool(args.source) == bool(args.verify):
         parser.error("give a SOURCE to pack or --verify STORE")
-    if args.workers < 1 or args.shards < 1:
-        parser.error("--workers and --shards must be at least 1")
-    if args.size is not None and not 63 <= args.size <= 4096:
-        parser.error("--size must be 63 to 4096 pixels: AlexNet takes nothing smaller")
     return args
 
 
@@ -91,6 +89,17 @@ def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: 
             shutil.rmtree(building, ignore_errors=True)
             raise
     return Store(out)
+
+
+def named_store(name: str, download: bool | None = True) -> Store:
+    """The store of a named set, packed first where there is none. download: may the set be fetched; None: do not
+    even pack it. Raises UserError, and sources.Unavailable where the set cannot be had."""
+    path = STORES / name
+    if path.exists():
+        return Store(path)
+    if download is None:
+        raise UserError(f"there is no store {path}; make it first: python -m data.pack {name}")
+    return pack(sources.find(name, download), path, workers=os.cpu_count() or 1)
 
 
 def _clear(building: Path) -> None:
@@ -145,7 +154,7 @@ def _write_shard(pool, part, rows, folder: Path, first: int, shape, codec, progr
             for record in records:
                 writer.put(first + writer.count, record)
             for entry in bad:
-                print(f"left out: {entry['picture']}: {entry['reason']}", file=sys.stderr)
+                print(f"left out: {entry['reason']}", file=sys.stderr)
             skipped += bad
             if sums:
                 moments.add(*part_sums)
@@ -162,7 +171,7 @@ def _stop_if_too_many(skipped: list, split: str, total: int) -> None:
     if len(here) > MAX_SKIPPED * total:
         raise UserError(
             f"{len(here)} of {total} pictures of {split} cannot be read, more than 1%; "
-            f"the first is {here[0]['picture']} ({here[0]['reason']})"
+            f"first: {here[0]['reason']}"
         )
 
 
@@ -177,9 +186,9 @@ def encode_chunk(job):
         try:
             pixels = sources.to_square(picture, size, channels)
             records.append(encode_record(_payload(pixels, codec), int(label), pixels.shape, codec))
-        except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+        except (UserError, OSError) as error:  # OSError: nothing that Pillow could convert or write
             name = str(picture) if isinstance(picture, Path) else "an array"
-            bad.append({"picture": name, "reason": f"{type(error).__name__}: {error}"})
+            bad.append({"picture": name, "reason": str(error)})
             continue
         if with_sums:
             total += pixels

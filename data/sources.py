@@ -53,12 +53,10 @@ def to_square(picture: Path | np.ndarray | Image.Image, size: int, channels: int
     """A picture as (size, size, channels) uint8: the shorter side resized to `size`, antialiased (Pillow's bilinear
     filter), and the centre kept (paper, section 2). The one way into a store and into a net, `channels` 1 or 3.
 
-    Raises OSError and what else Pillow raises for a picture that cannot be read.
+    Raises UserError for a file that cannot be read as a picture.
     """
     if isinstance(picture, Path):
-        with Image.open(picture) as opened:
-            opened.load()
-            return to_square(opened, size, channels)
+        picture = open_picture(picture)
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
     picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
@@ -68,6 +66,16 @@ def to_square(picture: Path | np.ndarray | Image.Image, size: int, channels: int
     # Pillow's box: pixels beside the square still count where the filter reaches over its edge.
     square = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     return np.asarray(square).reshape(size, size, channels)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture from a file, decoded."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+        raise UserError(f"{path} cannot be read as a picture ({error})") from None
 
 
 def find(name: str, download: bool = True) -> Source:

@@ -1,0 +1,136 @@
+"""train.py's command line: the options, what the data and the device decide of them, and what --resume takes over."""
+
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import utils
+from data import UserError, sources
+from data.augment import COLOURS
+from data.cli import Parser, number, whole
+from data.store import Store
+from model import ACTIVATIONS, ORDERS, RECIPES
+
+DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5}  # epochs, batch: paper, section 5
+SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
+CHANGEABLE = {"epochs", "max_steps", "workers", "device", "download", "out", "resume"}  # with --resume
+
+
+def parse(argv) -> Namespace:
+    """The arguments; with --resume those of the run, but for the few that may change."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.data = str(Path(args.data).resolve()) if args.data else None
+    args.out = Path(args.out) if args.out else None
+    if not args.resume:
+        return args
+    last = args.out / "last.pt" if args.out else utils.newest("last.pt")
+    if last is None or not last.exists():
+        raise UserError(f"nothing to resume: no {last or utils.CHECKPOINTS / '*' / 'last.pt'}; start without --resume")
+    unset = object()  # argparse leaves alone what the namespace has already, unless the option is given
+    parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), unset))))
+    given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
+    stored = read_config(last.parent)["arguments"]
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != stored.get(name):
+            raise UserError(
+                f"{last.parent} was started with {name} {stored.get(name)}, not {value}; "
+                "leave the option out, or start a new run"
+            )
+    changed = {name: value for name, value in given.items() if name in CHANGEABLE}
+    return Namespace(**{**vars(args), **stored, **changed, "out": last.parent, "resume": True})
+
+
+def read_config(out: Path) -> dict:
+    try:
+        config = json.loads((out / "config.json").read_text())
+        return {"arguments": config["arguments"], "fingerprint": config["fingerprint"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="train.py", description="Train AlexNet. Defaults are the paper's, with the 2012 code's "
+                    "initialisation and bias rate.")
+    data = parser.add_argument_group("data")
+    which = data.add_mutually_exclusive_group()
+    which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
+    which.add_argument("--data", metavar="STORE", help="a store made by python -m data.pack")
+    data.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
+    data.add_argument("--image-size", type=whole(63), metavar="N",
+                      help="side of the net's input in pixels (default: 64 of 72, 224 of 256)")
+    data.add_argument("--mean", choices=("image", "channel"), default="image",
+                      help="subtract the mean image (2012 code) or the mean of each channel (default: %(default)s)")
+    data.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not flip half of the pictures")
+    data.add_argument("--colour", choices=COLOURS, default=COLOURS[0],
+                      help="colour noise by standard deviations (2012 code) or eigenvalues (paper, section 4.1) "
+                      "(default: %(default)s)")
+    data.add_argument("--workers", type=whole(0), default=os.cpu_count(), metavar="N",
+                      help="processes that read what does not fit on the device (default: %(default)s)")
+
+    net = parser.add_argument_group("net")
+    net.add_argument("--columns", type=int, choices=(1, 2), default=1,
+                     help="2: the paper's two GPUs in one module (default: %(default)s)")
+    net.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="ReLU, LRN, pooling (default: %(default)s)")
+    net.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu", help="default: %(default)s")
+    net.add_argument("--no-lrn", dest="lrn", action="store_false", help="leave LRN out (paper, section 3.3)")
+    net.add_argument("--no-overlap", dest="overlap", action="store_false", help="pool 2x2, not 3x3 (section 3.4)")
+    net.add_argument("--no-dropout", dest="dropout", action="store_false", help="leave dropout out (section 4.2)")
+
+    how = parser.add_argument_group("training (paper, section 5)")
+    how.add_argument("--recipe", choices=RECIPES, default=RECIPES[0],
+                     help="2012: deviation 0.03 in conv3-5, biases at twice the rate, no decay on them; paper: 0.01, "
+                     "one rate, decay on all (default: %(default)s)")
+    how.add_argument("--init", metavar="CHECKPOINT", help="start from these weights; fc8 fresh if the classes differ")
+    how.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12)")
+    how.add_argument("--batch-size", type=whole(1), metavar="N", help="of all processes (default: 128; sample: 32)")
+    how.add_argument("--lr", type=number(0), default=0.01, help="learning rate of the weights (default: %(default)s)")
+    how.add_argument("--momentum", type=number(0, 1, True), default=0.9, help="default: %(default)s")
+    how.add_argument("--weight-decay", type=number(0, None, True), default=5e-4, help="default: %(default)s")
+    how.add_argument("--patience", type=whole(1), metavar="N",
+                     help="epochs without a lower validation error until the rate is divided by 10 (default: 5)")
+    how.add_argument("--seed", type=whole(0), default=0, help="of everything that is drawn (default: %(default)s)")
+
+    machine = parser.add_argument_group("machine and run")
+    machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    machine.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                         help="auto: bf16 autocast on a GPU, fp32 on a CPU; weights are fp32 always")
+    machine.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
+    machine.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
+    machine.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    machine.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps from the very start")
+    return parser
+
+
+def settle(args, store: Store, device: torch.device, world: int) -> None:
+    """Fill in what the store and the device decide, and refuse what does not fit them."""
+    if args.resume:
+        config = read_config(args.out)
+        if config["fingerprint"] != store.fingerprint:
+            raise UserError(f"{store.path} has changed since {args.out} was started; restore it or start a new run")
+    for name, value in (DEFAULTS | (SAMPLE_DEFAULTS if store.name == "sample" else {})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.image_size is None:
+        args.image_size = store.size * 7 // 64 * 8 + (8 if store.size * 7 % 64 else 0)  # 64 of 72, 224 of 256
+    if args.image_size > store.size:
+        raise UserError(f"--image-size {args.image_size}: {store.path} has {store.size} x {store.size} pictures")
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    for split in ("train", "val"):
+        if not store.counts.get(split):
+            raise UserError(f"{store.path} has no {split} pictures; pack it again with some")
+    if args.batch_size > store.counts["train"]:
+        raise UserError(f"--batch-size {args.batch_size}: {store.path} has {store.counts['train']} training pictures")
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+    if args.out is None:
+        number = 1
+        while (utils.CHECKPOINTS / f"{store.name}-{number}").exists():
+            number += 1
+        args.out = utils.CHECKPOINTS / f"{store.name}-{number}"
+    elif not args.resume and (args.out / "last.pt").exists():
+        raise UserError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")

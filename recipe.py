@@ -1,0 +1,71 @@
+"""The paper's section 5 as code: the update with momentum and decay, and the schedule of the learning rate."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+MAX_DROPS = 3  # the rate was "reduced three times prior to termination"
+
+
+def make_optimizer(net: nn.Module, *, recipe: str, lr: float, momentum: float, weight_decay: float):
+    """Stochastic gradient descent for the recipe "2012" or "paper"; set_rate changes its rate."""
+    groups = parameter_groups(net, recipe, weight_decay)
+    for group in groups:
+        group["lr"] = lr * group["scale"]
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+
+
+def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[dict]:
+    """Recipe 2012: biases learn at twice the rate and do not decay (2012 code: epsB, wc). Recipe paper: the text
+    names one rate and one decay, so all weights and biases have both. `scale` times the schedule's rate is a group's
+    rate."""
+    weights = [p for name, p in net.named_parameters() if name.endswith("weight")]
+    others = [p for name, p in net.named_parameters() if not name.endswith("weight")]
+    if recipe == "paper":
+        return [{"params": weights + others, "scale": 1, "weight_decay": weight_decay}]
+    return [
+        {"params": weights, "scale": 1, "weight_decay": weight_decay},
+        {"params": others, "scale": 2, "weight_decay": 0.0},
+    ]
+
+
+def set_rate(optimizer, lr: float) -> None:
+    """Set the learning rate so that the update stays the paper's, v = 0.9 v - 0.0005 lr w - lr g; w = w + v.
+    torch's buffer is -v / lr: when lr falls, the buffer has to grow for v to stay what it was."""
+    for group in optimizer.param_groups:
+        old, group["lr"] = group["lr"], lr * group["scale"]
+        if group["lr"] == old:
+            continue
+        for parameter in group["params"]:
+            buffer = optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                buffer.mul_(old / group["lr"])
+
+
+@dataclass
+class Schedule:
+    """The paper's learning rate: divided by 10 when the validation error stops improving, three times; the wait
+    after that ends the run."""
+
+    lr: float
+    patience: int
+    best: float = math.inf
+    waited: int = 0
+    drops: int = 0
+    finished: bool = False
+
+    def update(self, error: float) -> None:
+        """Take in an epoch's validation top-1 error."""
+        if error < self.best:
+            self.best, self.waited = error, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            self.waited = 0
+            if self.drops == MAX_DROPS:
+                self.finished = True
+            else:
+                self.drops += 1
+                self.lr /= 10
