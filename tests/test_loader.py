@@ -1,0 +1,66 @@
+"""data/loader.py: the same batches however they are read."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from data import UserError
+from data.augment import epoch_tables
+from data.loader import RESIDENT_BYTES, Loader
+from data.store import Store
+
+PLAN = [order[:24] for order in np.random.default_rng(0).permuted(np.tile(np.arange(96), (5, 1)), axis=1)]
+
+
+def read(loader):
+    return [(images.numpy().copy(), labels.numpy().copy()) for images, labels in loader.batches(PLAN)]
+
+
+@pytest.mark.parametrize("kind", ["store", "jpeg_store"])
+def test_workers_and_residence_make_no_difference(kind, request):
+    """0, 1, 2 and 4 workers, resident or streamed: the same bytes in the same order."""
+    packed = request.getfixturevalue(kind)
+    images, labels = packed.split("train").read(np.arange(96))
+    readers = [Loader(packed, "train", resident=True)]
+    readers += [Loader(packed, "train", workers=n, resident=False) for n in (0, 1, 2, 4)]
+    for reader in readers:
+        batches = read(reader)
+        assert len(batches) == len(PLAN)
+        for rows, (got, got_labels) in zip(PLAN, batches, strict=True):
+            assert np.array_equal(got, images[rows])
+            assert np.array_equal(got_labels, labels[rows])
+
+
+def test_any_point_of_resuming_gives_the_same_batches(store):
+    """The plan of an epoch is a table: what follows step s does not depend on what was read before."""
+    tables = epoch_tables(0, 3, 96, 8)
+    plan = [tables.order[i : i + 16] for i in range(0, 96, 16)]
+    loader = Loader(store, "train", workers=2, resident=False)
+    whole = [images for images, _ in loader.batches(plan)]
+    for first in range(len(plan)):
+        again = epoch_tables(0, 3, 96, 8)
+        assert np.array_equal(again.order, tables.order)
+        rest = [images for images, _ in loader.batches(plan[first:])]
+        assert all(torch.equal(a, b) for a, b in zip(whole[first:], rest, strict=True))
+
+
+def test_a_small_split_is_resident_and_a_large_one_is_not(store, monkeypatch):
+    assert Loader(store, "train").resident
+    monkeypatch.setattr("data.loader.RESIDENT_BYTES", 96 * 72 * 72 * 3 - 1)
+    assert not Loader(store, "train").resident
+    assert RESIDENT_BYTES == 1_000_000_000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_met_while_streaming_is_one_line(jpeg_store, tmp_path, workers):
+    copy = shutil.copytree(jpeg_store.path, tmp_path / "copy")
+    file = copy / "train-00000" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    where = bytes(content).index(b"ALX1") + 200
+    content[where] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"picture \d+: the record's checksum") as caught:
+        read(Loader(Store(copy), "train", workers=workers, resident=False))
+    assert "\n" not in str(caught.value)

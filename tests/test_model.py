@@ -1,0 +1,243 @@
+"""model.py against the paper's tables, torch's own LRN, a plain loop and finite differences."""
+
+import itertools
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from model import AlexNet, Dropout, LocalResponseNorm
+
+# Side of each layer's output; channels are the paper's everywhere.
+SIDES = {
+    224: {"conv1": 55, "pool1": 27, "conv2": 27, "pool2": 13, "conv3": 13, "conv4": 13, "conv5": 13, "pool3": 6},
+    227: {"conv1": 55, "pool1": 27, "conv2": 27, "pool2": 13, "conv3": 13, "conv4": 13, "conv5": 13, "pool3": 6},
+    64: {"conv1": 15, "pool1": 7, "conv2": 7, "pool2": 3, "conv3": 3, "conv4": 3, "conv5": 3, "pool3": 1},
+}
+CHANNELS = {"conv1": 96, "pool1": 96, "conv2": 256, "pool2": 256, "conv3": 384, "conv4": 384, "conv5": 256, "pool3": 256}
+
+
+@pytest.mark.parametrize("size", SIDES)
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_every_layer_has_the_papers_shape(size, columns, overlap):
+    net = AlexNet(10, image_size=size, columns=columns, overlapping_pool=overlap).eval()
+    seen = {}
+    for name, layer in net.named_children():
+        layer.register_forward_hook(lambda _l, _i, out, name=name: seen.update({name: tuple(out.shape)}))
+    net(torch.zeros(2, 3, size, size))
+    expected = {name: (2, CHANNELS[name], side, side) for name, side in SIDES[size].items()}
+    expected |= {"norm1": expected["conv1"], "norm2": expected["conv2"]}
+    expected |= {"fc6": (2, 4096), "fc7": (2, 4096), "fc8": (2, 10)}
+    assert {name: seen[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [({}, 62_378_344), ({"columns": 2}, 60_965_224), ({"image_size": 227}, 62_378_344)],
+)
+def test_parameter_counts(options, count):
+    assert sum(p.numel() for p in AlexNet(**options).parameters()) == count
+
+
+def test_layer_table_of_the_docstring_adds_up():
+    """The parameters that the module's docstring lists are those of the net."""
+    net = AlexNet()
+    for line in model.__doc__.splitlines():
+        words = line.split()
+        if words and words[0] in dict(net.named_children()) and words[-1].replace(",", "").isdigit():
+            numbers = [p.numel() for p in net.get_submodule(words[0]).parameters()]
+            if numbers:
+                assert sum(numbers) == int(words[-1].replace(",", "")), words[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 62}, {"image_size": "64"}, {"columns": 3}, {"columns": 0}, {"order": "caffe"},
+        {"activation": "gelu"}, {"dropout": 1.0}, {"dropout": -0.1}, {"num_classes": 0},
+    ],
+)
+def test_a_wrong_option_is_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        AlexNet(**{"num_classes": 10, "image_size": 64} | options)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(2, 3, 224, 224), torch.zeros(2, 64, 64, 3), torch.zeros(3, 64, 64), torch.zeros(2, 3, 64, 64).byte()],
+)
+def test_wrong_inputs_say_what_is_taken(images):
+    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\)"):
+        AlexNet(10, image_size=64)(images)
+
+
+# ---------------------------------------------------------------------------------------------- LRN
+
+
+def lrn_by_loop(a: torch.Tensor, columns: int = 1) -> torch.Tensor:
+    """The paper's formula (section 3.3), channel by channel; alpha divided by n."""
+    b, width = torch.empty_like(a), a.shape[1] // columns
+    for i in range(a.shape[1]):
+        first = i // width * width
+        low, high = max(first, i - 2), min(first + width - 1, i + 2)
+        total = sum(a[:, j] ** 2 for j in range(low, high + 1))
+        b[:, i] = a[:, i] / (2 + 1e-4 / 5 * total) ** 0.75
+    return b
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 96, 5, 7), (3, 7, 4, 4), (1, 2, 3, 3), (2, 4, 1, 1), (0, 8, 3, 3)])
+def test_lrn_equals_torch_and_a_loop(shape, layout):
+    """Forward and gradient in float64, on shapes that are not round."""
+    torch.manual_seed(0)
+    a = (100 * torch.randn(shape, dtype=torch.float64)).to(memory_format=layout).requires_grad_()
+    grad = torch.randn(shape, dtype=torch.float64)
+    ours = LocalResponseNorm()(a)
+    (our_grad,) = torch.autograd.grad(ours, a, grad)
+    references = [lrn_by_loop(a)]
+    if a.numel():
+        references.append(F.local_response_norm(a, 5, alpha=1e-4, beta=0.75, k=2.0))
+    for theirs in references:
+        (their_grad,) = torch.autograd.grad(theirs, a, grad)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(our_grad, their_grad, rtol=1e-12, atol=1e-12)
+
+
+def test_lrn_gradient_by_finite_differences():
+    a = (30 * torch.randn(2, 9, 2, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(LocalResponseNorm(alpha=0.02), a)
+    assert torch.autograd.gradcheck(LocalResponseNorm(size=3, beta=0.5, k=1.0, alpha=0.1), a)
+
+
+def test_lrn_in_pieces_is_lrn_at_once(monkeypatch):
+    """The CPU path cuts the batch; where it cuts makes no difference to a bit."""
+    a = (50 * torch.randn(7, 16, 3, 3)).requires_grad_()
+    whole = LocalResponseNorm()(a)
+    (whole_grad,) = torch.autograd.grad(whole.sum(), a)
+    monkeypatch.setattr(model, "CPU_PIECE", 300)
+    pieces = LocalResponseNorm()(a)
+    assert torch.equal(whole, pieces)
+    assert torch.equal(whole_grad, torch.autograd.grad(pieces.sum(), a)[0])
+
+
+def test_lrn_stays_within_a_column():
+    a = 100 * torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    halves = torch.cat([LocalResponseNorm()(half.contiguous()) for half in a.chunk(2, 1)], 1)
+    torch.testing.assert_close(LocalResponseNorm(columns=2)(a), halves, rtol=0, atol=0)
+    torch.testing.assert_close(LocalResponseNorm(columns=2)(a), lrn_by_loop(a, 2), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(LocalResponseNorm(columns=1)(a), halves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lrn_under_autocast_computes_in_float32(dtype):
+    """A half-precision input gives the float32 result rounded once, and its own dtype, forward and gradient."""
+    a = (100 * torch.randn(2, 16, 5, 5)).to(dtype).requires_grad_()
+    grad = torch.randn(2, 16, 5, 5).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = LocalResponseNorm()(a)
+    exact = a.detach().double().requires_grad_()
+    theirs = F.local_response_norm(exact, 5, alpha=1e-4, beta=0.75, k=2.0)
+    assert ours.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.double(), theirs, rtol=step, atol=1e-5)
+    (our_grad,) = torch.autograd.grad(ours, a, grad)
+    (their_grad,) = torch.autograd.grad(theirs, exact, grad.double())
+    torch.testing.assert_close(our_grad.double(), their_grad, rtol=step, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- dropout, columns, init
+
+
+def test_dropout_is_not_rescaled():
+    """Paper, section 4.2: training gives 0 or x, testing x * 0.5."""
+    x = torch.full((1000, 100), 3.0)
+    out = Dropout(0.5).train()(x)
+    assert set(out.unique().tolist()) == {0.0, 3.0}
+    assert abs((out == 0).float().mean().item() - 0.5) < 0.01
+    assert torch.equal(Dropout(0.5).eval()(x), x * 0.5)
+    assert torch.equal(Dropout(0.0).train()(x), x)
+
+
+def test_dropout_masks_come_from_the_global_generator():
+    x = torch.ones(50, 50)
+    torch.manual_seed(5)
+    first = Dropout(0.5)(x)
+    torch.manual_seed(5)
+    assert torch.equal(first, Dropout(0.5)(x))
+    assert not torch.equal(first, Dropout(0.5)(x))
+
+
+def test_two_columns_are_two_nets_wired_by_hand():
+    """conv2, conv4 and conv5 see their own half; conv3, fc6 and fc7 see both (paper, figure 2). In float64."""
+    net = AlexNet(5, image_size=64, columns=2).double().eval()
+    x = 50 * torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+    def half(layer, part):
+        return layer.weight.chunk(2)[part], layer.bias.chunk(2)[part]
+
+    def norm_pool(maps):
+        return F.max_pool2d(F.local_response_norm(maps, 5, 1e-4, 0.75, 2.0), 3, 2)
+
+    maps = [norm_pool(F.conv2d(x, *half(net.conv1, p), stride=4, padding=2).relu()) for p in (0, 1)]
+    maps = [norm_pool(F.conv2d(maps[p], *half(net.conv2, p), padding=2).relu()) for p in (0, 1)]
+    both = torch.cat(maps, 1)
+    maps = [F.conv2d(both, *half(net.conv3, p), padding=1).relu() for p in (0, 1)]
+    maps = [F.conv2d(maps[p], *half(net.conv4, p), padding=1).relu() for p in (0, 1)]
+    maps = [F.max_pool2d(F.conv2d(maps[p], *half(net.conv5, p), padding=1).relu(), 3, 2) for p in (0, 1)]
+    x6 = F.linear(torch.cat(maps, 1).flatten(1), net.fc6.weight, net.fc6.bias).relu() * 0.5
+    x7 = F.linear(x6, net.fc7.weight, net.fc7.bias).relu() * 0.5
+    by_hand = F.linear(x7, net.fc8.weight, net.fc8.bias)
+    torch.testing.assert_close(net(x), by_hand, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("recipe", ["2012", "paper"])
+def test_initialisation_is_the_sources(recipe):
+    torch.manual_seed(0)
+    net = AlexNet(10, image_size=64)
+    net.init_weights(recipe)
+    for name, layer in net.named_children():
+        if hasattr(layer, "bias"):
+            wide = recipe == "2012" and name in ("conv3", "conv4", "conv5")
+            assert layer.weight.std().item() == pytest.approx(0.03 if wide else 0.01, rel=0.03), name
+            assert abs(layer.weight.mean().item()) < 0.001
+            ones = name in ("conv2", "conv4", "conv5", "fc6", "fc7")
+            assert (layer.bias == (1.0 if ones else 0.0)).all(), name
+    with pytest.raises(ValueError, match="2012 or paper"):
+        net.init_weights("kaiming")
+
+
+@pytest.mark.parametrize("name", list(model.ACTIVATIONS))
+def test_options_build_a_net_that_learns(name):
+    """Each activation, without LRN, overlap and dropout: the gradient reaches every parameter."""
+    for lrn, overlap, dropout in itertools.product((True, False), (True, False), (0.5, 0)):
+        net = AlexNet(3, image_size=64, activation=name, lrn=lrn, overlapping_pool=overlap, dropout=dropout)
+        F.cross_entropy(net(30 * torch.randn(2, 3, 64, 64)), torch.tensor([0, 2])).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+        assert net.conv1.weight.grad.abs().sum() > 0
+
+
+def test_config_rebuilds_the_net():
+    net = AlexNet(7, image_size=96, columns=2, activation="tanh", lrn=False, overlapping_pool=False, dropout=0.25)
+    again = AlexNet(**net.config)
+    again.load_state_dict(net.state_dict())
+    x = torch.randn(1, 3, 96, 96)
+    assert torch.equal(net.eval()(x), again.eval()(x))
+    assert torch.equal(net(x), net.fc8(net.features(x)))
+
+
+def test_copied_alone_it_works(tmp_path):
+    """In an empty folder; importing it draws nothing from torch's generator."""
+    shutil.copy(model.__file__, tmp_path)
+    code = """
+import torch
+state = torch.random.get_rng_state()
+import model
+assert torch.equal(state, torch.random.get_rng_state())
+model.AlexNet(2, image_size=64)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

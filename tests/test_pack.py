@@ -1,0 +1,202 @@
+"""data/pack.py: what a store holds, whatever packed it."""
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_source
+from PIL import Image
+
+from data import UserError, pack, sources
+from data.store import Store
+
+ROOT = Path(pack.__file__).parent.parent
+
+
+def files(store: Store) -> dict:
+    return {p.relative_to(store.path): p.read_bytes() for p in store.path.rglob("*") if p.is_file()}
+
+
+def test_the_store_holds_what_the_source_gives(store):
+    """Every picture as PIL's own resize makes it, in order, with its label."""
+    source = small_source()
+    assert store.counts == {"train": 96, "val": 21, "test": 30}
+    for split, part in source.splits.items():
+        images, labels = store.split(split).read(np.arange(len(part.labels)), check=True)
+        assert np.array_equal(labels, part.labels)
+        for ours, picture in zip(images, part.pictures, strict=True):
+            assert np.array_equal(ours, np.asarray(Image.fromarray(picture).resize((72, 72), Image.BILINEAR)))
+
+
+def test_mean_image_and_pca_are_numpys(store):
+    """Over the stored training pictures; numpy.cov on every pixel's RGB."""
+    images, _ = store.split("train").read(np.arange(96))
+    np.testing.assert_allclose(store.mean, images.mean(0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(store.manifest["channel_mean"], images.mean((0, 1, 2)), rtol=1e-9)
+    covariance = np.cov(images.reshape(-1, 3).T, bias=True)
+    values, vectors = (np.array(store.manifest["pca"][key]) for key in ("eigenvalues", "eigenvectors"))
+    assert (np.diff(values) <= 0).all()
+    np.testing.assert_allclose(vectors.T @ np.diag(values) @ vectors, covariance, rtol=1e-9, atol=1e-6)
+
+
+def test_pca_of_a_grey_set_is_that_of_three_equal_channels(grey_store):
+    images, _ = grey_store.split("train").read(np.arange(96))
+    values = grey_store.manifest["pca"]["eigenvalues"]
+    assert values[0] == pytest.approx(3 * images.var(), rel=1e-9)
+    assert values[1] == pytest.approx(0, abs=1e-6)
+    assert np.abs(grey_store.manifest["pca"]["eigenvectors"][0]) == pytest.approx(np.full(3, 3**-0.5))
+
+
+@pytest.mark.parametrize("codec", ["raw", "jpeg"])
+def test_workers_make_no_difference(tmp_path, codec):
+    one = pack.pack(small_source(), tmp_path / "one", codec=codec, workers=1)
+    three = pack.pack(small_source(), tmp_path / "three", codec=codec, workers=3)
+    assert files(one) == files(three)
+
+
+def test_shards_make_no_difference_to_the_pictures(tmp_path, store):
+    sharded = pack.pack(small_source(), tmp_path / "sharded", shards=5)
+    assert [s["folder"] for s in sharded.manifest["shards"]["val"]] == [f"val-{n:05d}" for n in range(5)]
+    for split, count in store.counts.items():
+        for ours, theirs in zip(*(s.split(split).read(np.arange(count)) for s in (store, sharded)), strict=True):
+            assert np.array_equal(ours, theirs)
+    assert np.array_equal(store.mean, sharded.mean)
+
+
+def test_jpeg_records_are_the_pictures_at_quality_90(jpeg_store, store):
+    ours, labels = jpeg_store.split("train").read(np.arange(96))
+    exact, exact_labels = store.split("train").read(np.arange(96))
+    assert np.array_equal(labels, exact_labels)
+    difference = np.abs(ours.astype(int) - exact)
+    assert 0 < difference.mean() < 3  # smooth pictures: lossy, but channels are not swapped
+
+
+def test_a_tree_of_pictures(tree, tmp_path, capsys):
+    """Upper-case endings, nested folders, hidden files; a picture that can't be read is named and left out."""
+    os.rename(tree / "train/cat/0.png", tree / "train/cat/0.PNG")
+    (tree / "train/dog/deep/er").mkdir(parents=True)
+    os.rename(tree / "train/dog/5.png", tree / "train/dog/deep/er/5.png")
+    (tree / "train/cat/._0.png").write_bytes(b"a Mac's leftovers")
+    (tree / "train/cat/notes.txt").write_text("not a picture")
+    store = pack.pack(sources.find(str(tree)), tmp_path / "out", size=72, workers=2)
+    assert store.counts == {"train": 12, "val": 6}
+    assert store.classes == ["cat", "dog"]
+    assert store.codec == "jpeg"
+    assert store.split("train").read(np.arange(12))[1].tolist() == [0] * 6 + [1] * 6
+
+
+def test_unreadable_pictures_are_named_and_stop_the_packing_over_one_percent(tree, tmp_path, capfd):
+    for number in range(200):
+        Image.new("RGB", (70, 70), (number, 0, 0)).save(tree / "train/cat" / f"x{number:03d}.png")
+    (tree / "train/cat/x000.png").write_bytes(b"nonsense")
+    store = pack.pack(sources.find(str(tree)), tmp_path / "fine", size=64)
+    assert store.counts["train"] == 211
+    assert "x000.png" in capfd.readouterr().err
+    assert [e["picture"] for e in store.manifest["skipped"]] == [str(tree / "train/cat/x000.png")]
+    for number in range(1, 4):
+        (tree / f"train/cat/x{number:03d}.png").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"4 of 212 pictures of train cannot be read, more than 1%"):
+        pack.pack(sources.find(str(tree)), tmp_path / "bad", size=64)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fine", "tree"]
+
+
+def test_verify_finds_one_flipped_bit(tmp_path):
+    store = pack.pack(small_source(), tmp_path / "store")
+    assert pack.main(["--verify", str(store.path)]) == 0
+    file = store.path / "test-00000" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"test-00000.data.mdb is damaged"):
+        pack.main(["--verify", str(store.path)])
+
+
+def test_an_existing_folder_is_left_alone(tmp_path, store):
+    before = filecmp.dircmp(store.path, store.path).left_list
+    with pytest.raises(UserError, match="exists"):
+        pack.pack(small_source(), store.path)
+    assert filecmp.dircmp(store.path, store.path).left_list == before
+
+
+def test_a_killed_packer_leaves_no_half_store(tmp_path):
+    """SIGKILL in the middle; then the same command packs the whole store."""
+    tree = tmp_path / "pictures"
+    for split, label in ((s, c) for s in ("train", "val") for c in ("a", "b")):
+        (tree / split / label).mkdir(parents=True)
+        for number in range(300 if split == "train" else 3):
+            Image.effect_noise((200, 200), 50).convert("RGB").save(tree / split / label / f"{number}.jpg")
+    command = [sys.executable, "-m", "data.pack", str(tree), "--out", str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()  # "packing ..."
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert Store(tmp_path / "out").counts == {"train": 600, "val": 6}
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_two_packers_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """While one packs, another into the same place is refused."""
+
+    def second(*_):
+        with pytest.raises(UserError, match="another process is packing"):
+            pack.pack(small_source(), tmp_path / "out")
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(pack, "_write", second)
+    with pytest.raises(RuntimeError, match="enough"):
+        pack.pack(small_source(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """RLIMIT_FSIZE stands in for the full disk: writes past 300 KB fail."""
+    code = f"""
+import resource, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from data import cli, pack
+from conftest import small_source
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+cli.run_script(lambda argv: pack.pack(small_source(), {str(tmp_path / "out")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "named sets are cifar10"),
+        ([], "give a SOURCE"),
+        (["sample", "--verify", "x"], "give a SOURCE"),
+        (["sample", "--workers", "0"], "--workers"),
+        (["sample", "--size", "20"], "--size"),
+        (["sample", "--codec", "png"], "--codec"),
+        (["--verify", "nowhere"], "no such folder"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        pack.main(arguments)
+
+
+def test_manifest_is_complete(store):
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    assert set(manifest) == {
+        "format", "name", "classes", "image_size", "channels", "codec", "resize", "shards", "repaired", "skipped",
+        "channel_mean", "pca", "files",
+    }
+    assert set(manifest["files"]) == {"mean.npy", "train-00000/data.mdb", "val-00000/data.mdb", "test-00000/data.mdb"}

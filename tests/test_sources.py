@@ -1,0 +1,221 @@
+"""data/sources.py: the resize rule, named sets on archives of their real format, trees and HDF5 files of users."""
+
+import gzip
+import hashlib
+import io
+import pickle
+import shutil
+import socket
+import struct
+import tarfile
+import time
+
+import h5py
+import numpy as np
+import pytest
+from conftest import pictures
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from data import UserError, pack, sources
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """No data set on disk, no server that answers."""
+    monkeypatch.setattr(sources, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(sources, "_unreachable", lambda url: "no route")
+
+
+@pytest.mark.parametrize("width_height", [(100, 60), (61, 200), (72, 72), (500, 375), (28, 28)])
+def test_resize_is_shorter_side_and_centre(width_height):
+    """Close to torchvision's Resize (antialiased) and CenterCrop, whose size is rounded to whole pixels first."""
+    picture = Image.fromarray(pictures(1, (*width_height[::-1], 3))[0])
+    ours = sources.to_square(picture, 72).astype(int)
+    theirs = v2.CenterCrop(72)(v2.Resize(72, antialias=True)(picture))
+    assert ours.shape == (72, 72, 3)
+    assert np.abs(ours - np.asarray(theirs)).mean() < 1.5
+
+
+def test_resize_of_a_square_picture_is_pils():
+    picture = Image.fromarray(pictures(1, (200, 200, 3))[0])
+    assert np.array_equal(sources.to_square(picture, 72), np.asarray(picture.resize((72, 72), Image.BILINEAR)))
+
+
+def test_every_kind_of_picture_becomes_rgb_or_grey():
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
+        picture = Image.new("L", (90, 80), 100).convert(mode) if mode != "I;16" else Image.new("I;16", (90, 80))
+        assert sources.to_square(picture, 64).shape == (64, 64, 3), mode
+        assert sources.to_square(picture, 64, channels=1).shape == (64, 64, 1), mode
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = Image.new("RGB", (80, 80))
+    picture.paste((255, 0, 0), (0, 0, 80, 40))  # red above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: red comes to the right
+    picture.save(tmp_path / "turned.png", exif=exif)
+    square = sources.to_square(tmp_path / "turned.png", 64)
+    assert square[32, 60].tolist() == [255, 0, 0]
+    assert square[32, 4].tolist() == [0, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- named sets
+
+
+def cifar_archive(kind, folder, monkeypatch):
+    """An archive of CIFAR's real layout with 20 training images a batch and 10 test images; torchvision's MD5 sums
+    are those of these files."""
+    rng = np.random.default_rng(0)
+    hundred = kind is datasets.CIFAR100
+    label_key, names = (b"fine_labels", 100) if hundred else (b"labels", 10)
+
+    def batch(count):
+        images = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return {b"data": images, label_key: [int(n) for n in rng.integers(0, names, count)]}
+
+    members = {name: batch(20) for name, _ in kind.train_list} | {name: batch(10) for name, _ in kind.test_list}
+    meta_key = b"fine_label_names" if hundred else b"label_names"
+    meta = {meta_key.decode(): [f"class {n}" for n in range(names)]}
+    md5, folder_name = {}, kind.base_folder
+    folder.mkdir()
+    with tarfile.open(folder / kind.filename, "w:gz") as tar:
+        for name, content in [*members.items(), (kind.meta["filename"], meta)]:
+            blob = pickle.dumps({k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()})
+            md5[name] = hashlib.md5(blob).hexdigest()
+            info = tarfile.TarInfo(f"{folder_name}/{name}")
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((folder / kind.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(kind, "train_list", [[name, md5[name]] for name, _ in kind.train_list])
+    monkeypatch.setattr(kind, "test_list", [[name, md5[name]] for name, _ in kind.test_list])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5[kind.meta["filename"]]})
+    return members
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_archives(name, tmp_path, monkeypatch, no_network):
+    """An archive that lies in data/downloads is checked, unpacked and packed; a tenth is held out for validation."""
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    members = cifar_archive(kind, tmp_path / "downloads", monkeypatch)
+    source = sources.find(name)
+    total = 20 * len(kind.train_list)
+    assert {s: len(p.labels) for s, p in source.splits.items()} == {"train": total * 9 // 10, "val": total // 10, "test": 10}
+    assert source.classes[:2] == ["class 0", "class 1"]
+    assert source.channels == 3
+    planes = members[kind.test_list[0][0]][b"data"].reshape(-1, 3, 32, 32)
+    assert np.array_equal(source.splits["test"].pictures, planes.transpose(0, 2, 3, 1))
+    store = pack.pack(source, tmp_path / "store")
+    assert (store.size, store.codec, len(store.classes)) == (72, "raw", 10 if name == "cifar10" else 100)
+    pixels, _ = store.split("test").read(np.arange(10))
+    assert np.array_equal(pixels[3], sources.to_square(source.splits["test"].pictures[3], 72))
+
+
+def idx(array) -> bytes:
+    return struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def test_fashion_mnist_files(tmp_path, no_network):
+    """The four original files where Debian's package puts them."""
+    folder = tmp_path / "debian"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    images, labels = {}, {}
+    for part, count in (("train", 50), ("t10k", 10)):
+        images[part] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels[part] = rng.integers(0, 10, count, dtype=np.uint8)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images[part])))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels[part])))
+    source = sources.find("fashion-mnist")
+    assert {s: len(p.labels) for s, p in source.splits.items()} == {"train": 45, "val": 5, "test": 10}
+    assert source.channels == 1
+    assert np.array_equal(source.splits["test"].pictures, images["t10k"])
+    assert np.array_equal(source.splits["test"].labels, labels["t10k"])
+    together = {p.tobytes() for s in ("train", "val") for p in source.splits[s].pictures}
+    assert together == {p.tobytes() for p in images["train"]}
+    blob = (folder / "train-images-idx3-ubyte.gz").read_bytes()
+    for damaged in (blob[:-100], blob[:200] + b"\0\0" + blob[202:], b""):
+        (folder / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz is damaged"):
+            sources.find("fashion-mnist")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
+def test_a_set_that_cannot_be_had_says_why(name, no_network):
+    with pytest.raises(sources.Unavailable, match=rf"{name} is not in .*cannot be reached \(no route\)"):
+        sources.find(name)
+    with pytest.raises(sources.Unavailable, match="--download no forbids"):
+        sources.find(name, download=False)
+
+
+def test_the_probe_gives_up_in_time(monkeypatch):
+    """A server that accepts and never answers, on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3)
+        began = time.monotonic()
+        assert sources._unreachable(f"http://127.0.0.1:{server.getsockname()[1]}/x")
+        assert time.monotonic() - began < 2
+
+
+def test_the_bundled_sample():
+    """6,000 training, 1,000 validation, 1,000 test images, the ten classes equally often; at most 4 MB."""
+    source = sources.find("sample")
+    assert {s: np.bincount(p.labels).tolist() for s, p in source.splits.items()} == {
+        "train": [600] * 10, "val": [100] * 10, "test": [100] * 10,
+    }
+    assert source.splits["train"].pictures.shape == (6000, 28, 28)
+    assert sources.SAMPLE.stat().st_size <= 4_000_000
+    everything = np.concatenate([p.pictures for p in source.splits.values()]).reshape(8000, -1)
+    assert len(np.unique(everything, axis=0)) > 7990  # Fashion-MNIST itself repeats a few pictures
+    assert (sources.SAMPLE.parent / "LICENSE").exists()
+
+
+# ---------------------------------------------------------------------------------------------- files of users
+
+
+def test_a_tree_says_what_is_wrong_with_it(tree, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no folder train/; expected"):
+        sources.find(str(tmp_path / "empty"))
+    (tree / "val/bird").mkdir()
+    with pytest.raises(UserError, match="differ: bird"):
+        sources.find(str(tree))
+    (tree / "train/bird").mkdir()
+    with pytest.raises(UserError, match="bird holds no pictures"):
+        sources.find(str(tree))
+
+
+def test_one_class_is_refused(tree):
+    for split in ("train", "val"):
+        shutil.rmtree(tree / split / "dog")
+    with pytest.raises(UserError, match=r"one class only \(cat\)"):
+        sources.find(str(tree))
+
+
+def hdf5(path, **parts):
+    with h5py.File(path, "w") as file:
+        file.attrs["classes"] = ["a", "b"]
+        for split, (images, labels) in parts.items():
+            file[f"{split}/images"], file[f"{split}/labels"] = images, labels
+    return str(path)
+
+
+def test_hdf5_files(tmp_path):
+    images, labels = pictures(8, (40, 40, 3)), np.arange(8) % 2
+    source = sources.find(hdf5(tmp_path / "x.h5", train=(images, labels), test=(images[:4], labels[:4])))
+    assert list(source.splits) == ["train", "val"]  # the only other split drives the learning rate
+    assert np.array_equal(source.splits["train"].pictures, images)
+    assert (source.name, source.size, source.codec, source.channels) == ("x", 72, "raw", 3)
+    for parts, message in (
+        ({"train": (images, labels)}, "needs train/ and val/"),
+        ({"train": (images, labels[:5]), "val": (images, labels)}, "8 images and 5 labels"),
+        ({"train": (images, labels + 1), "val": (images, labels)}, "beyond the 2 classes"),
+        ({"train": (images.astype(float), labels), "val": (images, labels)}, "must be uint8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sources.find(hdf5(tmp_path / "bad.h5", **parts))
+    (tmp_path / "no.h5").write_bytes(b"not HDF5")
+    with pytest.raises(UserError, match="cannot be read"):
+        sources.find(str(tmp_path / "no.h5"))

@@ -1,0 +1,134 @@
+"""data/store.py: records, opening, damage."""
+
+import json
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from conftest import pictures
+
+from data import UserError, store
+
+
+@pytest.fixture
+def copy(store, tmp_path):
+    """A store to damage."""
+    return shutil.copytree(store.path, tmp_path / "copy")
+
+
+def edit_manifest(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def test_a_records_bytes_are_the_documented_ones():
+    """magic, label, height, width, channels, codec, 0, CRC-32, length, then the pixels: data/README.md."""
+    pixels = pictures(1, (72, 72, 3))[0]
+    value = store.encode_record(pixels.tobytes(), 7, pixels.shape, "raw")
+    assert struct.unpack("<4siHHBBHII", value[:24]) == (
+        b"ALX1", 7, 72, 72, 3, 0, 0, zlib.crc32(pixels.tobytes()), 15552,
+    )
+    picture, label = store.decode_record(value, check=True)
+    assert label == 7
+    assert np.array_equal(picture, pixels)
+
+
+def test_a_flipped_bit_is_found():
+    value = bytearray(store.encode_record(bytes(12), 0, (2, 2, 3), "raw"))
+    value[30] ^= 4
+    with pytest.raises(ValueError, match="checksum"):
+        store.decode_record(bytes(value), check=True)
+    for short in (value[:10], value[:-1], b"XXXX" + value[4:]):
+        with pytest.raises(ValueError, match="record"):
+            store.decode_record(bytes(short), check=True)
+
+
+def test_reading_across_shards_keeps_the_order(grey_store):
+    """Three shards: any order of indices, repeated ones too."""
+    records = grey_store.split("train")
+    images, labels = records.read(np.arange(len(records)))
+    assert np.array_equal(labels, np.arange(96) % 4)
+    rows = np.array([95, 0, 40, 31, 32, 33, 40, 64])
+    some, some_labels = records.read(rows, check=True)
+    assert np.array_equal(some, images[rows])
+    assert np.array_equal(some_labels, labels[rows])
+
+
+@pytest.mark.parametrize("build", [1, 2])
+def test_map_grows_while_writing(tmp_path, monkeypatch, build):
+    """A first map far too small: every record is there afterwards."""
+    monkeypatch.setattr(store, "FIRST_MAP", 1 << 16)
+    monkeypatch.setattr(store, "COMMIT_BYTES", 100_000 * build)
+    writer = store.ShardWriter(tmp_path / "shard")
+    records = [store.encode_record(bytes([n]) * 15552, n, (72, 72, 3), "raw") for n in range(100)]
+    for number, record in enumerate(records):
+        writer.put(number, record)
+    writer.close()
+    with store._environment(tmp_path / "shard").begin() as transaction:
+        assert [transaction.get(store.record_key(n)) for n in range(100)] == records
+
+
+def test_file_format_is_that_of_lmdb_09(store):
+    """Data format 1 (bytes 20 to 23 of the first meta page): readers built on LMDB 0.9 open it."""
+    content = (store.path / "train-00000" / "data.mdb").read_bytes()[:24]
+    assert struct.unpack("<I", content[16:20])[0] == 0xBEEFC0DE
+    assert struct.unpack("<I", content[20:24])[0] == 1
+
+
+def test_a_newer_format_is_refused(copy):
+    edit_manifest(copy, format=2)
+    with pytest.raises(UserError, match=r"store format 2, this code reads up to 1"):
+        store.Store(copy)
+
+
+@pytest.mark.parametrize("cut", [1, 4096, 10**6])
+def test_a_truncated_store_is_refused_before_it_is_mapped(copy, cut):
+    file = copy / "train-00000" / "data.mdb"
+    with open(file, "r+b") as handle:
+        handle.truncate(max(0, file.stat().st_size - cut))
+    with pytest.raises(UserError, match="torn"):
+        store.Store(copy)
+
+
+def test_missing_files_and_foreign_folders_are_named(copy, tmp_path):
+    (copy / "val-00000" / "data.mdb").unlink()
+    with pytest.raises(UserError, match=r"val-00000.data.mdb is missing"):
+        store.Store(copy)
+    with pytest.raises(UserError, match=r"python -m data.pack"):
+        store.Store(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        store.Store(tmp_path / "nowhere")
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        store.Store(copy)
+    (copy / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="lacks"):
+        store.Store(copy)
+
+
+def test_a_damaged_record_is_named(copy):
+    """One bit of a picture: reading with the check says which picture and what to do."""
+    file = copy / "train-00000" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    records = store.Store(copy).split("train")
+    value = records.read(np.array([5]))[0][0].tobytes()
+    content[bytes(content).index(value) + 100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"picture 5: .*checksum.*--verify"):
+        store.Store(copy).split("train").read(np.arange(10), check=True)
+
+
+def test_a_jpeg_records_checksum_is_always_compared():
+    value = bytearray(store.encode_record(b"\xff\xd8 not a picture", 0, (2, 2, 3), "jpeg"))
+    with pytest.raises(ValueError, match="no JPEG"):
+        store.decode_record(bytes(value), check=False)
+    value[-1] ^= 1
+    with pytest.raises(ValueError, match="checksum"):
+        store.decode_record(bytes(value), check=False)
+
+
+def test_an_unknown_split_is_named(store):
+    with pytest.raises(UserError, match="'evaluation', only train, val, test"):
+        store.split("evaluation")
