@@ -6,6 +6,7 @@ import os
 import pickle
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError):

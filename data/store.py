@@ -167,22 +167,27 @@ class Records:
         return picture, label
 
 
-_environments: dict = {}  # (process, device, inode) -> environment: lmdb allows one per file and process
+_environments: dict = {}  # (device, inode) -> (process, environment): lmdb allows one per file and process
 
 
 def _environment(folder: Path):
     import lmdb
 
     file = (folder / "data.mdb").stat()
-    key = (os.getpid(), file.st_dev, file.st_ino)
-    if key not in _environments:
-        try:
-            _environments[key] = lmdb.open(
-                str(folder), readonly=True, lock=False, readahead=False, meminit=False, max_spare_txns=4
-            )
-        except lmdb.Error as error:
-            raise UserError(f"{folder} cannot be opened ({error}); copy or pack the store again") from None
-    return _environments[key]
+    key = (file.st_dev, file.st_ino)
+    process, environment = _environments.get(key, (None, None))
+    if process == os.getpid():
+        return environment
+    if environment is not None:
+        environment.close()  # inherited in a fork: not to be used here, and in the way of opening it anew
+    try:
+        environment = lmdb.open(
+            str(folder), readonly=True, lock=False, readahead=False, meminit=False, max_spare_txns=4
+        )
+    except lmdb.Error as error:
+        raise UserError(f"{folder} cannot be opened ({error}); copy or pack the store again") from None
+    _environments[key] = os.getpid(), environment
+    return environment
 
 
 class ShardWriter:

@@ -29,7 +29,8 @@ def test_random_crops_and_mirrors_equal_pil():
     assert ours.shape == (25, 3, 64, 64)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), theirs.astype(np.float32))
-    unmirrored = Augment(64, np.zeros((1, 1, 3)), mirror=False).train(torch.from_numpy(images[samples]), tables, samples)
+    augment = Augment(64, np.zeros((1, 1, 3)), mirror=False)
+    unmirrored = augment.train(torch.from_numpy(images[samples]), tables, samples)
     theirs = by_pil(images[samples], tables.offsets[samples], np.zeros(25, bool), 64)
     assert np.array_equal(unmirrored.permute(0, 2, 3, 1).numpy(), theirs.astype(np.float32))
 

@@ -18,7 +18,8 @@ SIDES = {
     227: {"conv1": 55, "pool1": 27, "conv2": 27, "pool2": 13, "conv3": 13, "conv4": 13, "conv5": 13, "pool3": 6},
     64: {"conv1": 15, "pool1": 7, "conv2": 7, "pool2": 3, "conv3": 3, "conv4": 3, "conv5": 3, "pool3": 1},
 }
-CHANNELS = {"conv1": 96, "pool1": 96, "conv2": 256, "pool2": 256, "conv3": 384, "conv4": 384, "conv5": 256, "pool3": 256}
+CHANNELS = {"conv1": 96, "pool1": 96, "conv2": 256, "pool2": 256, "conv3": 384, "conv4": 384, "conv5": 256}
+CHANNELS["pool3"] = CHANNELS["conv5"]
 
 
 @pytest.mark.parametrize("size", SIDES)

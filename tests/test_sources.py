@@ -102,7 +102,8 @@ def test_cifar_archives(name, tmp_path, monkeypatch, no_network):
     members = cifar_archive(kind, tmp_path / "downloads", monkeypatch)
     source = sources.find(name)
     total = 20 * len(kind.train_list)
-    assert {s: len(p.labels) for s, p in source.splits.items()} == {"train": total * 9 // 10, "val": total // 10, "test": 10}
+    counts = {split: len(part.labels) for split, part in source.splits.items()}
+    assert counts == {"train": total * 9 // 10, "val": total // 10, "test": 10}
     assert source.classes[:2] == ["class 0", "class 1"]
     assert source.channels == 3
     planes = members[kind.test_list[0][0]][b"data"].reshape(-1, 3, 32, 32)

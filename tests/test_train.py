@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,8 @@ def test_the_loop_is_the_one_written_out_here(store, ten_steps):
 
 
 def test_what_a_run_leaves_behind(store, run_folder):
-    assert sorted(p.name for p in run_folder.iterdir()) == ["best.pt", "config.json", "curves.png", "last.pt", "log.jsonl"]
+    files = ["best.pt", "config.json", "curves.png", "last.pt", "log.jsonl"]
+    assert sorted(p.name for p in run_folder.iterdir()) == files
     (entry,) = utils.read_log(run_folder / "log.jsonl")
     assert set(entry) == {
         "epoch", "step", "lr", "train_loss", "train_top1_error", "val_loss", "val_top1_error", "val_top5_error",
@@ -134,7 +136,8 @@ def test_max_steps_touches_neither_schedule_nor_best(store, tmp_path):
     out = tmp_path / "run"
     run(store, out, "--max-steps", 3)
     last = load(out / "last.pt")
-    assert (last["epoch"], last["best"], last["schedule"]["best"], last["schedule"]["waited"]) == (0, math.inf, math.inf, 0)
+    assert (last["epoch"], last["best"]) == (0, math.inf)
+    assert (last["schedule"]["best"], last["schedule"]["waited"]) == (math.inf, 0)
     assert load(out / "best.pt")["step"] == 3
     assert [e["step"] for e in utils.read_log(out / "log.jsonl")] == [3]
     resume(out, "--max-steps", 7)
@@ -183,11 +186,20 @@ def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
+@pytest.fixture(scope="module")
+def two_epochs(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    torch.set_num_threads(1)  # as the runs below: equal to the bit only with the same number of threads
+    run(store, out, "--epochs", 2)
+    torch.set_num_threads(2)
+    return out
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_write_a_checkpoint(store, tmp_path, number, status):
+def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status):
     """Stopped by a signal somewhere, resumed: the weights of a run that was left alone."""
     process = subprocess.Popen(
-        command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "3"),
+        command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "2"),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )
     for line in process.stdout:
@@ -197,13 +209,12 @@ def test_signals_write_a_checkpoint(store, tmp_path, number, status):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status
     assert "--resume goes on from there" in out
-    assert 6 <= load(tmp_path / "run" / "last.pt")["step"] < 18
-    for folder, arguments in (("run", ["--resume"]), ("whole", ["--batch-size", "16", "--epochs", "3"])):
-        subprocess.run(
-            command(store, tmp_path / folder, *arguments), cwd=ROOT, check=True, capture_output=True, env=environment()
-        )
-    assert_same_state(tmp_path / "run", tmp_path / "whole")
-    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert 6 < load(tmp_path / "run" / "last.pt")["step"] < 12
+    torch.set_num_threads(1)
+    resume(tmp_path / "run")
+    torch.set_num_threads(2)
+    assert_same_state(tmp_path / "run", two_epochs)
+    assert numbers(tmp_path / "run") == numbers(two_epochs)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(store, tmp_path):
@@ -229,13 +240,13 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(store, tmp_path):
 def test_two_processes_give_the_losses_of_one(store, tmp_path):
     """10 epochs of one step each, so that each line of the log is a step's loss; 21 validation images over two
     processes are counted once each."""
-    options = ["--batch-size", "96", "--no-dropout", "--max-steps", "10"]
+    options = ["--batch-size", "96", "--no-dropout", "--max-steps", "10", "--lr", "0.001"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*torchrun, *command(store, tmp_path / "two", *options)[1:]],
         cwd=ROOT, check=True, capture_output=True, env=environment(), timeout=120,
     )
-    run(store, tmp_path / "one", "--no-dropout", "--max-steps", 10, batch=96)
+    run(store, tmp_path / "one", "--no-dropout", "--max-steps", 10, "--lr", 0.001, batch=96)
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert len(one) == len(two) == 10
     for a, b in zip(one, two, strict=True):
@@ -264,10 +275,8 @@ def test_with_no_data_it_falls_back_to_the_sample_and_says_so(tmp_path, monkeypa
     with pytest.raises(UserError, match="cifar10 is not in"):
         train.main(["--dataset", "cifar10"])
     assert [p.name for p in (tmp_path / "stores").iterdir()] == ["sample"]
-    assert train.main(["--dataset", "sample", "--max-steps", "1"]) == 0
-    assert (tmp_path / "checkpoints" / "sample-2").exists()
     assert train.main(["--resume", "--max-steps", "2"]) == 0  # the newest run
-    assert load(tmp_path / "checkpoints" / "sample-2" / "last.pt")["step"] == 2
+    assert load(tmp_path / "checkpoints" / "sample-1" / "last.pt")["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -303,7 +312,8 @@ def test_bad_arguments_are_one_line_and_leave_nothing(store, tmp_path, arguments
 
 def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
     """A folder of pictures instead of a store: the way out is the pack command."""
-    done = subprocess.run(command(type("S", (), {"path": tmp_path}), tmp_path / "run"), cwd=ROOT, capture_output=True, text=True)
+    no_store = types.SimpleNamespace(path=tmp_path)
+    done = subprocess.run(command(no_store, tmp_path / "run"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -333,10 +343,15 @@ def test_a_diverging_run_stops_with_step_and_rate(store, tmp_path):
     assert load(tmp_path / "run" / "last.pt")["step"] == 0
 
 
-def test_a_plateau_is_warned_of_once(store, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "STUCK_STEPS", 20)
-    run(store, tmp_path / "run", "--lr", 1e-9, "--recipe", "paper", "--max-steps", 46)
-    assert capsys.readouterr().err.count("still that of guessing") == 1
+def test_a_plateau_is_warned_of_once(store, capsys):
+    """A mean loss within 1% of ln(classes) after 500 steps, and only then."""
+    stuck = types.SimpleNamespace(batch_size=16)
+    a_run = train.Run(stuck, store, torch.device("cpu"), 0, 1, None, None, train.State(), None)
+    for step, loss, warnings in ((480, 1.0, 0), (500, 0.98, 0), (520, 1.0, 1), (540, 1.005, 0)):
+        a_run.state.step = step
+        note = train.look(a_run, 20, torch.tensor([loss * math.log(4) * 320, 80.0]))
+        assert capsys.readouterr().err.count("still that of guessing") == warnings
+        assert note == f"loss {loss * math.log(4):.3f}, error 25.0%"
 
 
 def test_init_takes_weights_and_starts_fc8_afresh(store, run_folder, tmp_path, capsys):
@@ -356,8 +371,8 @@ def test_init_takes_weights_and_starts_fc8_afresh(store, run_folder, tmp_path, c
 def test_every_option_trains(store, tmp_path):
     """One step with everything switched from its default."""
     run(
-        store, tmp_path / "run", "--max-steps", 1, "--mean", "channel", "--no-mirror", "--colour", "paper", "--columns", 2,
-        "--activation", "tanh", "--no-lrn", "--no-overlap", "--no-dropout", "--recipe", "paper", "--image-size", 67,
+        store, tmp_path / "run", "--max-steps", 1, "--mean", "channel", "--no-mirror", "--colour", "paper",
+        "--columns", 2, "--activation", "tanh", "--no-lrn", "--no-overlap", "--no-dropout", "--recipe", "paper", "--image-size", 67,
         "--precision", "bf16", "--seed", 3, "--momentum", 0,
     )
     content = load(tmp_path / "run" / "best.pt")
@@ -371,7 +386,12 @@ def test_last_pt_is_written_in_mid_epoch_too(store, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOOK_EVERY", 2)
     saved = []
     real = utils.save_checkpoint
-    monkeypatch.setattr(utils, "save_checkpoint", lambda path, content: (saved.append(content["step"]), real(path, content)))
+
+    def save(path, content):
+        saved.append(content["step"])
+        real(path, content)
+
+    monkeypatch.setattr(utils, "save_checkpoint", save)
     run(store, tmp_path / "run", "--epochs", 1)
     assert {0, 2, 4, 6} <= set(saved)
     assert time.time() - (tmp_path / "run" / "last.pt").stat().st_mtime < 60

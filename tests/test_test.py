@@ -1,0 +1,119 @@
+"""test.py: what it prints, on what, and what it refuses."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_source
+from PIL import Image
+
+import test
+import utils
+from data import UserError, pack
+
+
+def run_json(capsys, *arguments) -> dict:
+    capsys.readouterr()
+    assert test.main([*map(str, arguments), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_the_default_is_the_test_split_of_the_training_data(run_folder, store, capsys):
+    """Centre crop, by hand."""
+    result = run_json(capsys, run_folder / "best.pt")
+    model, _ = utils.load_model(run_folder / "best.pt")
+    images, labels = store.split("test").read(np.arange(30))
+    inputs = torch.from_numpy((images[:, 4:68, 4:68] - store.mean[4:68, 4:68]).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        wrong = (model(inputs).argmax(1).numpy() != labels).sum()
+    assert result["top1_error"] == pytest.approx(100 * wrong / 30)
+    assert result["top5_error"] == 0  # four classes
+    assert (result["images"], result["protocol"], result["models"], result["split"]) == (30, "center", 1, "test")
+    assert run_json(capsys, run_folder / "best.pt", "--split", "val")["images"] == 21
+    assert run_json(capsys, run_folder / "best.pt", "--batch-size", 7)["top1_error"] == result["top1_error"]
+
+
+def test_ten_crops_and_ensembles(run_folder, capsys):
+    result = run_json(capsys, run_folder / "best.pt", run_folder / "last.pt", "--ten-crop")
+    assert (result["protocol"], result["models"]) == ("ten-crop", 2)
+    alone = run_json(capsys, run_folder / "best.pt", "--ten-crop")
+    twice = run_json(capsys, run_folder / "best.pt", run_folder / "best.pt", "--ten-crop")
+    assert twice["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_the_report_is_readable(run_folder, capsys):
+    test.main([str(run_folder / "best.pt"), "--ten-crop", "--per-class"])
+    out = capsys.readouterr().out
+    assert "small, test split, 30 images; ten crops, softmax outputs averaged; 1 model" in out
+    assert "95% interval" in out
+    assert sum(line.count("class ") > 0 for line in out.splitlines()) == 4
+
+
+def test_the_default_checkpoint_is_the_newest(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "CHECKPOINTS", run_folder.parent)
+    result = run_json(capsys)
+    assert result["checkpoints"] == [str(run_folder / "best.pt")]
+    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path)
+    with pytest.raises(UserError, match=r"best.pt yet; python train.py makes one"):
+        test.main([])
+
+
+def test_predictions_are_written(run_folder, store, tmp_path, capsys):
+    result = run_json(capsys, run_folder / "best.pt", "--predictions", tmp_path / "p.csv")
+    with open(tmp_path / "p.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(30))
+    assert [row["class"] for row in rows] == [store.classes[n % 4] for n in range(30)]
+    wrong = sum(row["class"] != row["predicted_1"] for row in rows)
+    assert 100 * wrong / 30 == pytest.approx(result["top1_error"])
+    assert all(0 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_single_pictures(run_folder, store, tmp_path, capsys):
+    for name in ("a.png", "b.jpg"):
+        Image.effect_noise((120, 90), 60).convert("RGB").save(tmp_path / name)
+    test.main([str(run_folder / "best.pt"), "--images", str(tmp_path / "a.png"), str(tmp_path / "b.jpg"), "--ten-crop"])
+    out = capsys.readouterr().out
+    assert out.count("%") == 8
+    shares = [float(line.split("%")[0]) for line in out.splitlines() if "%" in line]
+    assert sum(shares[:4]) == pytest.approx(100, abs=0.05)
+    assert shares[:4] == sorted(shares[:4], reverse=True)
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    for name in ("c.png", "missing.png"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            test.main([str(run_folder / "best.pt"), "--images", str(tmp_path / name)])
+
+
+def test_what_does_not_fit_is_refused(run_folder, tmp_path):
+    three = pack.pack(small_source(classes=3), tmp_path / "three")
+    best = str(run_folder / "best.pt")
+    with pytest.raises(UserError, match=r"has 4 classes, .* has 3"):
+        test.main([best, "--data", str(three.path)])
+    tiny = pack.pack(small_source(), tmp_path / "tiny", size=63)
+    with pytest.raises(UserError, match=r"takes 64 x 64 pixels, .* has 63 only"):
+        test.main([best, "--data", str(tiny.path)])
+    content = torch.load(best, weights_only=True)
+    torch.save(content | {"store": "data/stores/gone"}, tmp_path / "gone.pt")
+    with pytest.raises(UserError, match="--data or --dataset"):
+        test.main([str(tmp_path / "gone.pt")])
+    for arguments, message in (
+        (["nowhere.pt"], "no such checkpoint"),
+        ([str(tmp_path)], "no such checkpoint"),
+        ([best, "--split", "train"], "--split"),
+        ([best, "--batch-size", "0"], "--batch-size"),
+        ([best, "--data", str(tmp_path)], "is not a store"),
+    ):
+        with pytest.raises(UserError, match=message):
+            test.main(arguments)
+
+
+def test_other_class_names_are_warned_of(run_folder, tmp_path, capsys):
+    source = small_source()
+    source.classes = ["w", "x", "y", "z"]
+    other = pack.pack(source, tmp_path / "other")
+    test.main([str(run_folder / "best.pt"), "--data", str(other.path)])
+    assert "class names" in capsys.readouterr().err
