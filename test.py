@@ -27,7 +27,7 @@ from data.store import Store
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
+    args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
     paths = checkpoint_paths(args)
     if args.images:
@@ -176,7 +176,7 @@ def member(checkpoint: dict, path: Path, device):
     return net, Augment(checkpoint["image_size"], checkpoint["mean"], device=device)
 
 
-def parse(argv):
+def make_parser() -> Parser:
     parser = Parser(prog="test.py", description="Top-1 and top-5 error of checkpoints, or the classes of pictures.")
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT",
                         help="one, or several for an ensemble (default: the newest checkpoints/*/best.pt)")
@@ -192,7 +192,7 @@ def parse(argv):
     parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
     parser.add_argument("--per-class", action="store_true", help="print each class's error, too")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write what each picture was taken for")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

@@ -22,12 +22,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m benchmarks.lrn", description="Time LRN, forward + backward.")
-    parser.add_argument("--batch", type=whole(1), default=64, help="pictures (default: %(default)s)")
-    parser.add_argument("--repeats", type=whole(3), default=9, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
     contenders = {"model.LocalResponseNorm": LocalResponseNorm(), "F.local_response_norm": torch_lrn}
     result = {"shape": [args.batch, 96, 55, 55], "dtype": "float32", **utils.environment(device), "layouts": {}}
@@ -95,6 +90,15 @@ def report(result: dict) -> str:
                 f"   {slowest / entry['median_ms']:5.2f}x"
             )
     return "\n".join(lines)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.lrn", description="Time LRN, forward + backward.")
+    parser.add_argument("--batch", type=whole(1), default=64, help="pictures (default: %(default)s)")
+    parser.add_argument("--repeats", type=whole(3), default=9, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    return parser
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ MAX_SKIPPED = 0.01  # of a split's pictures; more stops the packing
 
 
 def main(argv=None) -> int:
-    args = _parse(argv)
+    args = make_parser().parse_args(argv)
+    if bool(args.source) == bool(args.verify):
+        raise UserError("give a SOURCE to pack or --verify STORE (--help lists the options)")
     if args.verify:
         store = Store(args.verify)
         verify(store)
@@ -45,7 +47,7 @@ def main(argv=None) -> int:
     return 0
 
 
-def _parse(argv):
+def make_parser() -> Parser:
     parser = Parser(prog="python -m data.pack", description="Pack pictures into a store, or verify one.")
     parser.add_argument("source", nargs="?", help=f"{', '.join(sources.NAMED)}, an ImageFolder tree or an .h5 file")
     parser.add_argument("--out", help="folder of the store (default: data/stores/NAME)")
@@ -56,10 +58,7 @@ def _parse(argv):
     parser.add_argument("--shards", type=whole(1), default=1, help="LMDB files a split (default: %(default)s)")
     parser.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
     parser.add_argument("--verify", metavar="STORE", help="check every file and record of a store")
-    args = parser.parse_args(argv)
-    if bool(args.source) == bool(args.verify):
-        parser.error("give a SOURCE to pack or --verify STORE")
-    return args
+    return parser
 
 
 def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: int = 1) -> Store:

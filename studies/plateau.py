@@ -28,13 +28,7 @@ WINDOW = 25  # steps that a reported loss is the mean of
 
 
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m studies.plateau", description="The first steps of training, seed by seed.")
-    parser.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
-    parser.add_argument("--seeds", type=whole(1), default=10, help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=whole(WINDOW), default=200, help="of each (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    parser.add_argument("--out", default="results/plateau.jsonl", help="default: %(default)s")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     device, out = utils.pick_device(args.device), Path(args.out)
     store = named_store(args.dataset)
     loader = Loader(store, "train", device)
@@ -93,6 +87,16 @@ def table(entries: list[dict]) -> str:
     lines.append(f"\nunder 1.0 at step {steps[-1]}: {sum(loss < 1 for loss in last)} of {len(last)}; "
                  f"highest {max(last):.3f}, lowest {min(last):.3f}")
     return "\n".join(lines)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m studies.plateau", description="The first steps of training, seed by seed.")
+    parser.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
+    parser.add_argument("--seeds", type=whole(1), default=10, help="how many (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(WINDOW), default=200, help="of each (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--out", default="results/plateau.jsonl", help="default: %(default)s")
+    return parser
 
 
 if __name__ == "__main__":

@@ -372,8 +372,8 @@ def test_every_option_trains(store, tmp_path):
     """One step with everything switched from its default."""
     run(
         store, tmp_path / "run", "--max-steps", 1, "--mean", "channel", "--no-mirror", "--colour", "paper",
-        "--columns", 2, "--activation", "tanh", "--no-lrn", "--no-overlap", "--no-dropout", "--recipe", "paper", "--image-size", 67,
-        "--precision", "bf16", "--seed", 3, "--momentum", 0,
+        "--columns", 2, "--activation", "tanh", "--no-lrn", "--no-overlap", "--no-dropout", "--recipe", "paper",
+        "--image-size", 67, "--precision", "bf16", "--seed", 3, "--momentum", 0,
     )
     content = load(tmp_path / "run" / "best.pt")
     assert content["mean"].shape == (1, 1, 3)

@@ -1,0 +1,133 @@
+"""README's commands: those that can run do, the others are parsed by the script that they call."""
+
+import importlib
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import test
+import train
+import utils
+from data import pack, sources
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+SETUP = "pip install -r requirements.txt && "
+PARSERS = {
+    "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
+    "benchmarks.lrn": "benchmarks.lrn",
+}
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in fenced("bash") for line in block.splitlines()]
+
+
+def script_and_arguments(line: str) -> tuple[str, list[str]]:
+    """("train.py", [...]) of `python train.py ...`, `python -m module ...` or `torchrun --nproc-per-node N script ...`."""
+    words = shlex.split(line.removeprefix(SETUP))
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc-per-node"
+        assert words[2].isdigit()
+        return words[3], words[4:]
+    assert words[0] == "python"
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+def test_the_two_commands_of_the_setup():
+    assert COMMANDS[:2] == [SETUP + "python train.py", SETUP + "python -m pytest"]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.endswith("pytest") and "--help" not in line])
+def test_a_command_is_parsed_by_its_script(line):
+    script, arguments = script_and_arguments(line)
+    importlib.import_module(PARSERS[script]).make_parser().parse_args(arguments)
+
+
+def test_commands_also_in_running_text():
+    """`python ...` in backquotes, in README and in the other guides."""
+    texts = [README, *(p.read_text() for p in ROOT.glob("*/README.md"))]
+    lines = [line for text in texts for line in re.findall(r"`(python (?:-m )?[\w.]+ [^`]*)`", text)]
+    assert lines
+    for line in lines:
+        script, arguments = script_and_arguments(line)
+        if script in PARSERS:
+            importlib.import_module(PARSERS[script]).make_parser().parse_args(arguments)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A place without stores and runs, and without a network."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "STORES", folder / "data/stores")
+        patch.setattr(sources, "DOWNLOADS", folder / "data/downloads")
+        patch.setattr(sources, "_unreachable", lambda url: "no network in this test")
+        patch.setattr(utils, "CHECKPOINTS", folder / "checkpoints")
+        patch.chdir(folder)
+        assert train.main(["--max-steps", "2"]) == 0
+        for name in "ab":
+            shutil.copytree(folder / "checkpoints/sample-1", folder / "checkpoints" / name)
+        for name in ("cat.jpg", "dog.png"):
+            Image.effect_noise((90, 70), 50).convert("RGB").save(folder / name)
+        for split, label in ((s, c) for s in ("train", "val") for c in ("cat", "dog")):
+            (folder / "photos" / split / label).mkdir(parents=True)
+            for number in range(64 if split == "train" else 2):
+                Image.effect_noise((90, 70), 50).save(folder / "photos" / split / label / f"{number}.png")
+        yield folder
+
+
+# What needs neither a network nor a GPU nor somebody's pictures of ImageNet. Ten crops of the whole test split take
+# too long here; tests/test_test.py has them.
+RUN = [line for line in COMMANDS if line.startswith("python test.py") and "--ten-crop" not in line]
+RUN += ["python -m data.pack photos --out data/stores/photos"]
+
+
+@pytest.mark.parametrize("line", RUN)
+def test_a_command_runs(line, home, capsys):
+    assert line in COMMANDS
+    script, arguments = script_and_arguments(line)
+    main = {"test.py": test.main, "data.pack": pack.main}[script]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out
+
+
+def test_training_on_own_pictures_runs(home):
+    """README's line, for two steps of two pictures each at 224 pixels."""
+    line = "python train.py --data data/stores/photos"
+    assert line in COMMANDS
+    if not (home / "data/stores/photos").exists():
+        pack.main(["photos", "--out", "data/stores/photos"])
+    arguments = script_and_arguments(line)[1]
+    assert train.main([*arguments, "--max-steps", "2", "--batch-size", "2"]) == 0
+
+
+@pytest.mark.parametrize("block", fenced("python"))
+def test_python_blocks_run(block, home, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    if "torch.hub" in block:
+        block = block.replace('"."', repr(str(ROOT)))
+    exec(block, {})
+
+
+def test_links_lead_somewhere():
+    for text, folder in ((README, ROOT), *((p.read_text(), p.parent) for p in ROOT.glob("*/README.md"))):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if not target.startswith("http"):
+                assert (folder / target).exists(), target
+
+
+def test_the_file_map_is_complete():
+    """Every file and folder at the top that git would show stands in the map, or is one everybody knows."""
+    known = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml"}
+    block = next(b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if b.startswith("model.py"))
+    for path in ROOT.iterdir():
+        if path.name[0] not in "._" and path.name not in known and path.suffix in (".py", "") and path.name != "venv":
+            assert path.name in block, path.name
