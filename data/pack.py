@@ -37,9 +37,7 @@ def main(argv=None) -> int:
     if args.verify:
         store = Store(args.verify)
         verify(store)
-        counts = ", ".join(f"{count} {split}" for split, count in store.counts.items())
-        pictures = f"{store.size} x {store.size}, {store.codec}"
-        print(f"{store.path}: sound ({counts}; {len(store.classes)} classes, {pictures})")
+        print(f"sound   {_summary(store)}")
         return 0
     source = sources.find(args.source, args.download == "yes")
     out = Path(args.out) if args.out else STORES / source.name
@@ -78,7 +76,7 @@ def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: 
             raise UserError(f"another process is packing {out}; wait for it") from None
         _clear(building)  # what a killed packer left
         try:
-            print(f"packing {source.name} into {out} ({size} x {size}, {codec})", flush=True)
+            print(f"packing {source.name} into {out} ({size} x {size} pixels, {codec})", flush=True)
             _write(source, building, size, codec, workers, shards)
             verify(Store(building))
             (building / "lock").unlink()
@@ -87,7 +85,15 @@ def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: 
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
-    return Store(out)
+    store = Store(out)
+    print(f"packed  {_summary(store)}", flush=True)
+    return store
+
+
+def _summary(store: Store) -> str:
+    counts = ", ".join(f"{count:,} {split}" for split, count in store.counts.items())
+    size = sum(entry["bytes"] for entry in store.manifest["files"].values())
+    return f"{store.path}: {counts} pictures, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
 
 
 def named_store(name: str, download: bool | None = True) -> Store:

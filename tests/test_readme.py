@@ -24,7 +24,8 @@ PARSERS = {
 
 
 def fenced(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for found, text in blocks if found == language]
 
 
 COMMANDS = [line for block in fenced("bash") for line in block.splitlines()]
@@ -127,7 +128,7 @@ def test_links_lead_somewhere():
 def test_the_file_map_is_complete():
     """Every file and folder at the top that git would show stands in the map, or is one everybody knows."""
     known = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml"}
-    block = next(b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if b.startswith("model.py"))
+    block = next(block for block in fenced("") if block.startswith("model.py"))
     for path in ROOT.iterdir():
         if path.name[0] not in "._" and path.name not in known and path.suffix in (".py", "") and path.name != "venv":
             assert path.name in block, path.name
