@@ -1,6 +1,7 @@
 """train.py's command line: the options, what the data and the device decide of them, and what --resume takes over."""
 
 import json
+import math
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +17,7 @@ from model import ACTIVATIONS, ORDERS, RECIPES
 
 DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5}  # epochs, batch: paper, section 5
 SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
+RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt")
 CHANGEABLE = {"epochs", "max_steps", "workers", "device", "download", "out", "resume"}  # with --resume
 
 
@@ -35,7 +37,7 @@ def parse(argv) -> Namespace:
     given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
     stored = read_config(last.parent)["arguments"]
     for name, value in given.items():
-        if name not in CHANGEABLE and value != stored.get(name):
+        if name not in CHANGEABLE and value not in (stored.get(name), "auto"):
             raise UserError(
                 f"{last.parent} was started with {name} {stored.get(name)}, not {value}; "
                 "leave the option out, or start a new run"
@@ -115,7 +117,7 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.image_size is None:
-        args.image_size = store.size * 7 // 64 * 8 + (8 if store.size * 7 % 64 else 0)  # 64 of 72, 224 of 256
+        args.image_size = max(63, math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:
         raise UserError(f"--image-size {args.image_size}: {store.path} has {store.size} x {store.size} pictures")
     if args.precision == "auto":
@@ -127,10 +129,5 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         raise UserError(f"--batch-size {args.batch_size}: {store.path} has {store.counts['train']} training pictures")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    if args.out is None:
-        number = 1
-        while (utils.CHECKPOINTS / f"{store.name}-{number}").exists():
-            number += 1
-        args.out = utils.CHECKPOINTS / f"{store.name}-{number}"
-    elif not args.resume and (args.out / "last.pt").exists():
+    if args.out and not args.resume and any((args.out / name).exists() for name in RUN_FILES):
         raise UserError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")

@@ -8,7 +8,9 @@
 README.md says what you should see; --help lists the options.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
 import sys
@@ -28,6 +30,8 @@ from data.store import Store
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
+    if args.predictions and not Path(args.predictions).resolve().parent.is_dir():
+        raise UserError(f"--predictions {args.predictions}: there is no such folder")
     device = utils.pick_device(args.device)
     paths = checkpoint_paths(args)
     if args.images:
@@ -52,11 +56,11 @@ def main(argv=None) -> int:
         "top5_interval": utils.wilson_interval(sums[2], len(loader)), "loss": sums[0] / len(loader),
         "split": split, "data": store.name, "checkpoints": [str(path) for path in paths],
     }
-    if args.predictions:
-        records.write(Path(args.predictions))
     if args.per_class:
         result["per_class"] = records.per_class()
     print(json.dumps(result) if args.json else report(result))
+    if args.predictions:
+        records.write(Path(args.predictions))
     return 0
 
 
@@ -90,12 +94,13 @@ class Records:
     def write(self, path: Path) -> None:
         """A CSV file, a line for each picture: its index, its class, the five most likely classes and the
         probability of the first."""
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            count = min(5, len(self.classes))
-            writer.writerow(["index", "class", *(f"predicted_{n + 1}" for n in range(count)), "probability"])
-            for index, label, found, chance in self.rows:
-                writer.writerow([index, self.classes[label], *(self.classes[f] for f in found), f"{chance:.6f}"])
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        count = min(5, len(self.classes))
+        writer.writerow(["index", "class", *(f"predicted_{n + 1}" for n in range(count)), "probability"])
+        for index, label, found, chance in self.rows:
+            writer.writerow([index, self.classes[label], *(self.classes[f] for f in found), f"{chance:.6f}"])
+        utils.write_text(path, text.getvalue())
 
 
 def report(result: dict) -> str:
@@ -151,7 +156,8 @@ def open_store(args, checkpoint: dict) -> Store:
     if args.data:
         return Store(args.data)
     if args.dataset:
-        return named_store(args.dataset)
+        with contextlib.redirect_stdout(sys.stderr):  # a set that has no store is packed, and says so
+            return named_store(args.dataset)
     path = utils.ROOT / checkpoint.get("store", "")
     if not checkpoint.get("store") or not path.is_dir():
         raise UserError("the store that the checkpoint was trained on is not here; name one with --data or --dataset")
@@ -162,12 +168,17 @@ def check_fit(paths: list[Path], checkpoints: list[dict], store: Store) -> None:
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         count = len(checkpoint["classes"])
         if count != len(store.classes):
-            raise UserError(f"{path} has {count} classes, {utils.shown(store.path)} has {len(store.classes)}")
+            raise UserError(
+                f"{path} has {count} classes, {utils.shown(store.path)} has {len(store.classes)}; "
+                "--data or --dataset names the store that it was trained on"
+            )
         if checkpoint["classes"] != store.classes:
             print(f"warning: the class names of {path} and {utils.shown(store.path)} differ", file=sys.stderr)
-        if checkpoint["image_size"] > store.size:
-            size = checkpoint["image_size"]
-            raise UserError(f"{path} takes {size} x {size} pixels, {utils.shown(store.path)} has {store.size} only")
+        if checkpoint["store_size"] != store.size:
+            raise UserError(
+                f"{path} was trained on pictures of {checkpoint['store_size']} pixels, {utils.shown(store.path)} has "
+                f"{store.size}; pack the set again with --size {checkpoint['store_size']}"
+            )
 
 
 def member(checkpoint: dict, path: Path, device):
@@ -183,7 +194,7 @@ def make_parser() -> Parser:
     parser.add_argument("--ten-crop", action="store_true",
                         help="average over four corners and centre, mirrored too (paper, section 4.1)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--dataset", choices=sources.NAMED, help="a named set that has been packed")
+    which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
     which.add_argument("--data", metavar="STORE", help="a store (default: what the checkpoint was trained on)")
     which.add_argument("--images", nargs="+", metavar="PICTURE", help="name these pictures' classes instead")
     parser.add_argument("--split", choices=("test", "val"), help="default: test if there is one, else val")

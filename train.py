@@ -9,14 +9,11 @@
 README.md says what you should see; --help lists the options.
 """
 
-import json
 import math
 import os
 import signal
 import sys
 import time
-from argparse import Namespace
-from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -34,6 +31,7 @@ from data.store import Store
 from model import AlexNet
 from options import parse, settle
 from recipe import Schedule, make_optimizer, set_rate
+from run import Run, State, check_finite, checkpoint, load_last, run_folder, save_last, store_mean, total_sums
 
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 SAVE_SECONDS = 600  # last.pt is written this often in mid-epoch
@@ -57,10 +55,9 @@ def main(argv=None) -> int:
         if is_over(run):
             run.say(f"nothing left to do\n{conclusion(run, 0)}")
             return 0
-    run.say(describe(run))
-    prepare_folder(run)
 
-    with Signals() as signals:
+    with run_folder(run), Signals() as signals:
+        run.say(describe(run))
         status = fit(run, signals)
     run.say(conclusion(run, status))
     if warning:
@@ -68,47 +65,6 @@ def main(argv=None) -> int:
     if world > 1:
         dist.destroy_process_group()
     return status
-
-
-@dataclass
-class State:
-    """Where a run stands. step: optimiser steps since its start; epoch: epochs finished; loss_sum and wrong: sums
-    over the images of the epoch under way; best: lowest validation top-1 error in percent."""
-
-    step: int = 0
-    epoch: int = 0
-    loss_sum: float = 0.0
-    wrong: float = 0.0
-    best: float = math.inf
-
-
-@dataclass
-class Run:
-    """What the loop works on, put together by main()."""
-
-    args: Namespace
-    store: Store
-    device: torch.device
-    rank: int
-    world: int
-    net: AlexNet
-    optimizer: torch.optim.Optimizer
-    state: State
-    schedule: Schedule
-    warned: bool = False
-
-    @property
-    def steps(self) -> int:
-        """Steps an epoch: the last partial batch is dropped."""
-        return self.store.counts["train"] // self.args.batch_size
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def warn(self, text: str) -> None:
-        if self.rank == 0:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -150,26 +106,21 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     first = state.step - state.epoch * run.steps
     last = run.steps if args.max_steps is None else min(run.steps, args.max_steps - state.epoch * run.steps)
     mine = [tables.order[s * args.batch_size + run.rank * share :][:share] for s in range(first, last)]
-    # What a resumed epoch has already summed up counts once, in the first process.
-    start = [state.loss_sum, state.wrong] if run.rank == 0 else [0, 0]
-    sums = torch.tensor(start, dtype=torch.float64, device=run.device)
+    # What a resumed epoch has summed up already is shared out among the processes.
+    sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=run.device) / run.world
     saved, stop = time.monotonic(), 0
 
     model.train()
     label = f"epoch {state.epoch + 1}/{args.epochs}"
-    with Progress(label, run.steps * args.batch_size, start=first * args.batch_size) as progress:
+    done = first * args.batch_size
+    with Progress(label, run.steps * args.batch_size, start=done, silent=run.rank > 0) as progress:
         for position, samples, (images, labels) in zip(range(first, last), mine, train.batches(mine), strict=True):
             utils.seed_all(args.seed, state.step + 1, run.rank)  # for this step's dropout masks
             pictures = inputs.train(images, tables, samples)
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                logits = model(pictures)
-                loss = F.cross_entropy(logits, labels)
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()
+            loss, logits = train_step(model, run.optimizer, pictures, labels, args.precision)
             state.step += 1
-            sums[0] += loss.detach() * share
-            sums[1] += (logits.detach().argmax(1) != labels).sum()
+            sums[0] += loss * share
+            sums[1] += (logits.argmax(1) != labels).sum()
 
             note, due = "", False
             if state.step % LOOK_EVERY == 0:
@@ -183,6 +134,17 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
                 save_last(run, sums)
                 saved = time.monotonic()
     return sums, (state.step - state.epoch * run.steps - first) * args.batch_size, stop
+
+
+def train_step(model, optimizer, pictures, labels, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step on float (n, 3, S, S) pictures: mean loss, and logits (n, classes), both detached."""
+    with torch.autocast(pictures.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(pictures)
+        loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
 
 
 def look(run: Run, position: int, sums) -> str:
@@ -201,19 +163,12 @@ def look(run: Run, position: int, sums) -> str:
     return f"loss {mean:.3f}, error {100 * wrong / images:.1f}%"
 
 
-def check_finite(run: Run, loss_sum: float) -> None:
-    if not math.isfinite(loss_sum):
-        raise UserError(
-            f"the loss is no longer finite at step {run.state.step}, learning rate {run.schedule.lr:g}; "
-            f"start again with a lower --lr (the last sound state is in {run.args.out / 'last.pt'})"
-        )
-
-
 def agree(run: Run, stop: int, due: bool) -> tuple[int, bool]:
-    """Whether to stop or save, the same in all processes: asked at the looks, where they wait for each other."""
+    """Whether to stop or save, the same in all processes. On GPUs they ask each other at the looks only, because
+    asking waits for the device."""
     if run.world == 1:
         return stop, due
-    if run.state.step % LOOK_EVERY:
+    if run.device.type == "cuda" and run.state.step % LOOK_EVERY:
         return 0, False
     flags = torch.tensor([stop, due], device=run.device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -265,78 +220,7 @@ def summary(run: Run, entry: dict) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------- the run folder
-
-
-def prepare_folder(run: Run) -> None:
-    """Start or reopen --out. A fresh run has a last.pt from the first moment, so that --resume always works."""
-    out = run.args.out
-    if run.world > 1:
-        dist.barrier()  # no process looks for a free folder any more
-    if run.rank:
-        return
-    if run.args.resume:
-        # Lines after the checkpoint, and the line of a --max-steps stop in mid-epoch, are written anew.
-        log = utils.read_log(out / "log.jsonl")
-        kept = [e for e in log if e["step"] <= run.state.step and e["step"] % run.steps == 0]
-        utils.write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    arguments = {k: v for k, v in vars(run.args).items() if k not in ("out", "resume", "max_steps")}
-    config = {
-        "arguments": arguments, "store": utils.portable(run.store.path), "fingerprint": run.store.fingerprint,
-        "processes": run.world, **utils.environment(run.device),
-    }
-    utils.write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
-    save_last(run)
-
-
-def checkpoint(run: Run, full: bool = False) -> dict:
-    """What a checkpoint holds; full: also what --resume needs."""
-    content = {
-        "model": run.net.state_dict(), "config": run.net.config, "classes": run.store.classes,
-        "mean": store_mean(run.args, run.store), "store_size": run.store.size,
-        "resize": run.store.manifest["resize"], "image_size": run.args.image_size, "epoch": run.state.epoch,
-        "step": run.state.step, "best": run.state.best, "dataset": run.store.name,
-        "store": utils.portable(run.store.path),
-    }
-    if full:
-        content["optimizer"] = run.optimizer.state_dict()
-        content["schedule"] = {**asdict(run.schedule), "loss_sum": run.state.loss_sum, "wrong": run.state.wrong}
-    return content
-
-
-def total_sums(run: Run, sums) -> None:
-    """Put the sums over all processes into the state."""
-    sums = sums.clone()
-    if run.world > 1:
-        dist.all_reduce(sums)
-    run.state.loss_sum, run.state.wrong = sums.tolist()
-    check_finite(run, run.state.loss_sum)
-
-
-def save_last(run: Run, sums=None) -> None:
-    if sums is not None:
-        total_sums(run, sums)
-    if run.rank == 0:
-        utils.save_checkpoint(run.args.out / "last.pt", checkpoint(run, full=True))
-
-
-def load_last(run: Run) -> None:
-    """Take up the state of --out's last.pt."""
-    path = run.args.out / "last.pt"
-    last = utils.load_checkpoint(path, run.device)
-    if "optimizer" not in last or "schedule" not in last:
-        raise UserError(f"{path} holds weights only and cannot be resumed; --init {path} starts a new run from them")
-    try:
-        run.net.load_state_dict(last["model"])
-        run.optimizer.load_state_dict(last["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {str(error).splitlines()[0]}") from None
-    schedule = last["schedule"]
-    sums = {name: schedule.pop(name) for name in ("loss_sum", "wrong")}
-    run.schedule = Schedule(**schedule)
-    run.state = State(step=last["step"], epoch=last["epoch"], best=last["best"], **sums)
+# ---------------------------------------------------------------------------------------------- setting up
 
 
 class Signals:
@@ -359,9 +243,6 @@ class Signals:
         self.received = number
 
 
-# ---------------------------------------------------------------------------------------------- setting up
-
-
 def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); joins torchrun's group where there is one."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -378,18 +259,20 @@ def open_store(args, world: int) -> tuple[Store, str]:
         return Store(args.data), ""
     # torchrun's processes would all pack at once: there the store has to exist.
     download = None if world > 1 else args.download == "yes"
-    if args.dataset:
-        return named_store(args.dataset, download), ""
-    try:
-        return named_store("cifar10", download), ""
-    except sources.Unavailable as error:
-        warning = (
-            f"this is the bundled sample (8,000 Fashion-MNIST images), not CIFAR-10: {error}. "
-            "--dataset and --data name other data"
-        )
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return named_store("sample", download), warning
+    warning = ""
+    if not args.dataset:
+        try:
+            store = named_store("cifar10", download)
+            args.dataset = "cifar10"
+            return store, ""
+        except sources.Unavailable as error:
+            args.dataset = "sample"
+            warning = (
+                f"this is the bundled sample (8,000 Fashion-MNIST images), not CIFAR-10: {error}. "
+                "--dataset and --data name other data"
+            )
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return named_store(args.dataset, download), warning
 
 
 def build_net(args, store: Store) -> AlexNet:
@@ -422,12 +305,6 @@ def take_weights(net: AlexNet, path: str) -> None:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"--init {path}: the weights do not fit: {str(error).splitlines()[0]}") from None
-
-
-def store_mean(args, store: Store) -> torch.Tensor:
-    """What is subtracted: the mean image (H, W, C), or with --mean channel its means (1, 1, C)."""
-    mean = torch.from_numpy(store.mean)
-    return mean.mean((0, 1), keepdim=True) if args.mean == "channel" else mean
 
 
 def describe(run: Run) -> str:

@@ -5,8 +5,10 @@ import math
 import os
 import pickle
 import platform
+import shutil
 import subprocess
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -96,17 +98,30 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     for name, tensor in checkpoint["model"].items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name} is no longer finite at step {checkpoint['step']}; {path} was not written")
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
+
+
+@contextmanager
+def replacing(path: Path):
+    """A binary file to write that takes the place of `path` once it is whole and on the disk. Where that fails the
+    old file stays and UserError says why."""
     beside = path.with_name(f".{path.name}.writing")
     try:
         with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         beside.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); is the disk full?") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        free = shutil.disk_usage(path.parent).free // 1_000_000 if path.parent.exists() else 0
+        raise UserError(f"{path} could not be written: {reason}; {free} MB are free there") from None
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> dict:
@@ -120,8 +135,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
-        raise UserError(f"{path} is no checkpoint of this project, or is damaged") from None
+    except Exception as error:  # torch's reader raises nearly anything on files of other kinds
+        raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not set(CHECKPOINT_KEYS) <= set(checkpoint):
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(_missing(checkpoint))}")
     return checkpoint
@@ -205,10 +220,13 @@ def _cpu_name() -> str:
 
 def append_line(path: Path, entry: dict) -> None:
     """Add one JSON line to a log and bring it to the disk."""
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from None
 
 
 def read_log(path: Path) -> list[dict]:
@@ -226,9 +244,8 @@ def read_log(path: Path) -> list[dict]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text)
-    beside.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def plot_curves(log: list[dict], path: Path) -> None:
@@ -250,4 +267,5 @@ def plot_curves(log: list[dict], path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -28,7 +28,7 @@ def main(argv=None) -> int:
     result = {"shape": [args.batch, 96, 55, 55], "dtype": "float32", **utils.environment(device), "layouts": {}}
     x = activations(args.batch).to(device)
     for name, layout in LAYOUTS.items():
-        inputs = x.to(memory_format=layout).requires_grad_()
+        inputs = x.to(memory_format=layout, copy=True).requires_grad_()
         times = interleaved(contenders, inputs, args.repeats)
         result["layouts"][name] = {
             contender: {"median_ms": 1000 * statistics.median(t), "spread_ms": 1000 * spread(t)}

@@ -23,7 +23,8 @@ def run_script(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except OSError as error:  # disk full, no permission, ...
-        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; mend that and run the command again", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -31,16 +32,17 @@ def run_script(main) -> None:
     sys.exit(status)
 
 
-def whole(minimum: int):
-    """An argument type: a whole number from `minimum` on."""
+def whole(minimum: int, maximum: int = 2**63 - 1):
+    """An argument type: a whole number from `minimum` to `maximum`."""
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise ArgumentTypeError(f"{text} is not a whole number from {minimum} on")
+        if not minimum <= value <= maximum:
+            limit = "on" if maximum == 2**63 - 1 else f"to {maximum}"
+            raise ArgumentTypeError(f"{text} is not a whole number from {minimum} {limit}")
         return value
 
     return convert

@@ -77,6 +77,6 @@ def _start_worker(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # one thread a worker; OpenCV would start one for every core
-    # Ctrl-C reaches the whole process group; the training loop decides when its workers end.
+    # Ctrl-C, and torchrun's SIGTERM, reach the whole process group: the training loop decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,10 +11,11 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: 
     building.mkdir(exist_ok=True)
     with open(building / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, forked workers do not inherit it
         except OSError:
             raise UserError(f"another process is packing {out}; wait for it") from None
         _clear(building)  # what a killed packer left
@@ -121,7 +122,7 @@ def _write(source, building: Path, size: int, codec: str, workers: int, shards: 
     manifest = {
         "format": FORMAT, "name": source.name, "classes": source.classes, "image_size": size,
         "channels": source.channels, "codec": codec, "resize": "shorter side, antialiased bilinear, centre",
-        "shards": {}, "repaired": {}, "skipped": [],
+        "shards": {}, "skipped": [],
     }
     with _pool(workers) as pool:
         for split, part in source.splits.items():
@@ -191,9 +192,10 @@ def encode_chunk(job):
         try:
             pixels = sources.to_square(picture, size, channels)
             records.append(encode_record(_payload(pixels, codec), int(label), pixels.shape, codec))
-        except (UserError, OSError) as error:  # OSError: nothing that Pillow could convert or write
+        except Exception as error:  # Pillow raises nearly anything on pictures that are odd enough
             name = str(picture) if isinstance(picture, Path) else "an array"
-            bad.append({"picture": name, "reason": str(error)})
+            reason = str(error) if isinstance(error, UserError) else f"{name} cannot be packed ({error!r})"
+            bad.append({"picture": name, "reason": reason})
             continue
         if with_sums:
             total += pixels
@@ -258,12 +260,18 @@ def verify(store: Store) -> None:
 def _pool(workers: int):
     # Forked workers start at once and do not import the calling script again; elsewhere the system's own way.
     context = get_context("fork" if "fork" in get_all_start_methods() else None)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
-def _ignore_interrupts() -> None:
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _in_order(pool, function, jobs):

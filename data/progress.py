@@ -19,25 +19,28 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts `total` things called `unit`, from `start`; use it in a with statement."""
 
-    def __init__(self, label: str, total: int, unit: str = "images", start: int = 0):
+    def __init__(self, label: str, total: int, unit: str = "images", start: int = 0, silent: bool = False):
         self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
+        self.silent, self.note = silent, ""
         self.bar = tqdm(
-            desc=label, total=total, initial=start, unit=f" {unit}", disable=None, leave=False, dynamic_ncols=True
+            desc=label, total=total, initial=start, unit=f" {unit}", disable=silent or None, leave=False,
+            dynamic_ncols=True,
         )
         self.begun = self.shown = time.monotonic()
 
     def update(self, count: int, note: str = "") -> None:
-        """`count` more are done; `note` goes to the end of the line."""
+        """`count` more are done; `note` goes to the end of the line and stays until there is another."""
         self.done += count
+        self.note = note or self.note
         if not self.bar.disable:
-            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.shown >= PLAIN_INTERVAL:
+        elif not self.silent and time.monotonic() - self.shown >= PLAIN_INTERVAL:
             self.shown = time.monotonic()
             rate = (self.done - self.start) / (self.shown - self.begun)
             left = duration((self.total - self.done) / rate) if rate else "?"
             text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, {left} left"
-            print(text + (f", {note}" if note else ""), file=sys.stderr, flush=True)
+            print(text + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
 
     def __enter__(self):
         return self

@@ -59,7 +59,10 @@ def to_square(picture: Path | np.ndarray | Image.Image, size: int, channels: int
         picture = open_picture(picture)
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+    picture = _upright(picture)
+    if picture.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them to white
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    picture = picture.convert("L" if channels == 1 else "RGB")
     width, height = picture.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -69,13 +72,21 @@ def to_square(picture: Path | np.ndarray | Image.Image, size: int, channels: int
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture from a file, decoded."""
+    """A picture from a file, decoded. Raises UserError."""
     try:
         with Image.open(path) as picture:
             picture.load()
             return picture
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         raise UserError(f"{path} cannot be read as a picture ({error})") from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF tag says; a picture whose EXIF block is damaged stays as it is."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # struct.error, AttributeError, SyntaxError, ... by what the damage hits
+        return picture
 
 
 def find(name: str, download: bool = True) -> Source:
@@ -86,7 +97,7 @@ def find(name: str, download: bool = True) -> Source:
     elif name == "fashion-mnist":
         source = _fashion_mnist(download)
     elif name == "sample":
-        source = _hdf5(SAMPLE, "sample")
+        source = _hdf5(SAMPLE, name)
     else:
         source = _from_path(Path(name))
     if len(source.classes) < 2:
@@ -98,7 +109,7 @@ def _from_path(path: Path) -> Source:
     if path.is_dir():
         return _image_folder(path)
     if path.suffix in (".h5", ".hdf5") and path.is_file():
-        return _hdf5(path, path.stem)
+        return _hdf5(path, _own_name(path.stem))
     if path.exists():
         raise UserError(f"{path} is neither a folder nor an .h5 file")
     raise UserError(f"{path}: no such data set, folder or file; the named sets are {', '.join(NAMED)}")
@@ -123,6 +134,7 @@ def _small(name: str, classes: list[str], train: Split, test: Split) -> Source:
 
 def _cifar(name: str, download: bool) -> Source:
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
 
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
 
@@ -130,8 +142,8 @@ def _cifar(name: str, download: bool) -> Source:
         return kind(str(DOWNLOADS), train=train, download=fetch)
 
     try:
-        # An archive that lies there is checked and unpacked; nothing is fetched then.
-        train = load(True, fetch=(DOWNLOADS / kind.filename).exists())
+        # A whole archive that lies there is unpacked; nothing is fetched then.
+        train = load(True, fetch=check_integrity(str(DOWNLOADS / kind.filename), kind.tgz_md5))
     except RuntimeError:  # not there, or its checksum is wrong
         _fetch(name, kind.url, download, lambda: load(True, fetch=True), [DOWNLOADS])
         train = load(True)
@@ -172,22 +184,24 @@ def _idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(content, ">u4", count=dimensions, offset=4).astype(int)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, and it is fetched again") from None
+        raise UserError(f"{path} is damaged ({error}); remove the folder, or install the package again") from None
 
 
 def _fetch(name: str, url: str, allowed: bool, fetch, places: list[Path]) -> None:
     """Download a named set after a probe of its server, or raise Unavailable with the reason."""
     where = " or ".join(str(place) for place in places)
+    way_out = f"put {'its four .gz files' if name == 'fashion-mnist' else url} into {places[0]}"
     if not allowed:
-        raise Unavailable(f"{name} is not in {where}, and --download no forbids fetching it")
+        raise Unavailable(f"{name} is not in {where}, and --download no forbids fetching it; {way_out}")
     reason = _unreachable(url)
     if reason:
-        raise Unavailable(f"{name} is not in {where}, and its server cannot be reached ({reason})")
+        raise Unavailable(f"{name} is not in {where}, and its server cannot be reached ({reason}); {way_out}")
     print(f"downloading {name} to {places[0]}", flush=True)
     try:
         fetch()
     except (RuntimeError, OSError) as error:
-        raise Unavailable(f"the download of {name} failed ({error}); run the command again") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Unavailable(f"the download of {name} failed ({reason}); run the command again") from None
 
 
 def _unreachable(url: str) -> str:
@@ -201,8 +215,8 @@ def _unreachable(url: str) -> str:
             answer[0] = ""
         except urllib.error.HTTPError as error:
             answer[0] = f"HTTP status {error.code}"
-        except OSError as error:
-            answer[0] = str(getattr(error, "reason", error))
+        except Exception as error:  # whatever a proxy or a captive portal answers
+            answer[0] = str(getattr(error, "reason", error)) or type(error).__name__
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
@@ -231,7 +245,12 @@ def _image_folder(root: Path) -> Source:
             odd = sorted(set(found) ^ set(classes))
             raise UserError(f"the class folders of {folder} and {root / 'train'} differ: {', '.join(odd[:5])}")
         splits[split] = _labelled_files(folder, classes)
-    return Source(root.resolve().name, classes, splits, size=256, codec="jpeg", channels=3)
+    return Source(_own_name(root.resolve().name), classes, splits, size=256, codec="jpeg", channels=3)
+
+
+def _own_name(name: str) -> str:
+    """A user's own data set never has the name of a named one."""
+    return f"my-{name}" if name in NAMED else name
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -256,14 +275,16 @@ def _hdf5(path: Path, name: str) -> Source:
 
     try:
         with h5py.File(path, "r") as file:
-            classes = [c.decode() if isinstance(c, bytes) else str(c) for c in file.attrs["classes"]]
-            splits = {}
-            for split in ("train", "val", "test"):
-                if split in file:
-                    images, labels = file[split]["images"][:], file[split]["labels"][:].astype(np.int64)
-                    splits[split] = Split(images, labels)
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a data set: {error}") from None
+            names = np.atleast_1d(file.attrs["classes"])
+            classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
+            splits = {
+                split: Split(file[split]["images"][:], file[split]["labels"][:])
+                for split in ("train", "val", "test")
+                if split in file
+            }
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a data set ({reason}); data/README.md has its form") from None
     _check_hdf5(path, classes, splits)
     if "val" not in splits:
         splits["val"] = splits.pop("test")
@@ -281,6 +302,8 @@ def _check_hdf5(path: Path, classes: list[str], splits: dict[str, Split]) -> Non
         grey = images.ndim == 3
         if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
             raise UserError(f"{path}: {split}/images must be uint8 (N, H, W) or (N, H, W, 3), not {images.shape}")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise UserError(f"{path}: {split}/labels must be whole numbers (N,), not {labels.shape} {labels.dtype}")
         if len(images) != len(labels) or not len(images):
             raise UserError(f"{path}: {split} has {len(images)} images and {len(labels)} labels")
         if labels.min() < 0 or labels.max() >= len(classes):

@@ -6,8 +6,10 @@ Reading does not import torch, and lmdb and cv2 are imported where they are used
 import hashlib
 import json
 import os
+import shutil
 import struct
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,8 @@ class Records:
         return images, labels
 
     def _one(self, transaction, index: int, check: bool) -> tuple[np.ndarray, int]:
+        import lmdb
+
         try:
             value = transaction.get(record_key(index))
             if value is None:
@@ -159,7 +163,7 @@ class Records:
                 raise ValueError(f"the picture's shape is {picture.shape} instead of {self.shape}")
             if not 0 <= label < self.classes:
                 raise ValueError(f"label {label} is not one of {self.classes} classes")
-        except ValueError as error:
+        except (ValueError, lmdb.Error) as error:
             raise UserError(
                 f"{self.path}: picture {index}: {error}; copy or pack the store again "
                 f"(python -m data.pack --verify {self.path} checks all of it)"
@@ -200,7 +204,8 @@ class ShardWriter:
         # Readers built on LMDB 0.9 are everywhere; lmdb 3 would also write the newer file format.
         old_format = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
         self.folder, self.count, self.pending, self.pending_bytes = folder, 0, [], 0
-        self.environment = lmdb.open(str(folder), map_size=FIRST_MAP, lock=False, sync=False, **old_format)
+        with _disk_errors(folder):
+            self.environment = lmdb.open(str(folder), map_size=FIRST_MAP, lock=False, sync=False, **old_format)
 
     def put(self, index: int, record: bytes) -> None:
         self.pending.append((record_key(index), record))
@@ -213,25 +218,38 @@ class ShardWriter:
         import lmdb
 
         try:
-            with self.environment.begin(write=True) as transaction:
+            with _disk_errors(self.folder), self.environment.begin(write=True) as transaction:
                 for key, record in self.pending:
-                    if not transaction.put(key, record, append=True):
-                        raise AssertionError(f"key {key!r} is out of order")
+                    appended = transaction.put(key, record, append=True)
+                    assert appended, f"key {key!r} is out of order"
         except lmdb.MapFullError:  # the whole transaction is undone: grow the map and write it again
             self.environment.set_mapsize(2 * self.environment.info()["map_size"])
             return self._commit()
-        except lmdb.Error as error:
-            raise UserError(f"{self.folder}: {error}; is the disk full?") from None
         self.pending, self.pending_bytes = [], 0
 
     def close(self) -> None:
         """Write what is left and bring it to the disk."""
         self._commit()
-        self.environment.sync(True)
+        with _disk_errors(self.folder):
+            self.environment.sync(True)
         self.abandon()
 
     def abandon(self) -> None:
         self.environment.close()
+
+
+@contextmanager
+def _disk_errors(folder: Path):
+    """Turn what lmdb says of a full or failing disk into one line."""
+    import lmdb
+
+    try:
+        yield
+    except lmdb.MapFullError:
+        raise
+    except lmdb.Error as error:
+        free = shutil.disk_usage(folder).free // 1_000_000
+        raise UserError(f"{folder} could not be written: {error}; {free} MB are free there") from None
 
 
 def file_entry(path: Path) -> dict:

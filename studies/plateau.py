@@ -2,17 +2,18 @@
 
     python -m studies.plateau [--dataset fashion-mnist] [--seeds 10] [--steps 200] [--out results/plateau.jsonl]
 
-Each seed trains with train.py's defaults (64 px, batch 128, rate 0.01, recipe 2012). A loss of ln(classes), 2.303 for
+Each seed trains with train.py's defaults. A loss of ln(classes), 2.303 for
 ten classes, means that nothing has been learnt. Each finished seed is a line in --out; seeds that stand there already
-are not run again, so the study can be stopped at any time. The table is printed at the end.
+are not run again, so the study can be stopped at any time (another --out starts over). The table is printed last.
 """
 
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+import options
+import train
 import utils
 from data import sources
 from data.augment import Augment, epoch_tables
@@ -20,10 +21,8 @@ from data.cli import Parser, run_script, whole
 from data.loader import Loader
 from data.pack import named_store
 from data.progress import Progress
-from model import AlexNet
 from recipe import make_optimizer
 
-BATCH = 128
 WINDOW = 25  # steps that a reported loss is the mean of
 
 
@@ -38,7 +37,9 @@ def main(argv=None) -> int:
         if (args.dataset, args.steps, seed) not in done:
             entry = {"dataset": args.dataset, "steps": args.steps, "seed": seed}
             began = time.monotonic()
-            losses = first_losses(store, loader, device, seed, args.steps)
+            run = options.make_parser().parse_args(["--seed", str(seed), "--max-steps", str(args.steps)])
+            options.settle(run, store, device, world=1)
+            losses = first_losses(run, store, loader, device)
             entry |= {"losses": windows(losses), "seconds": time.monotonic() - began, **utils.environment(device)}
             utils.append_line(out, entry)
     wanted = [e for e in utils.read_log(out) if (e["dataset"], e["steps"]) == (args.dataset, args.steps)]
@@ -46,25 +47,22 @@ def main(argv=None) -> int:
     return 0
 
 
-def first_losses(store, loader: Loader, device, seed: int, steps: int) -> list[float]:
-    """The loss of each of the first steps of a run of train.py with this seed."""
-    utils.seed_all(seed)
-    net = AlexNet(len(store.classes), image_size=64).to(device, memory_format=torch.channels_last)
-    utils.seed_all(seed)
-    net.init_weights("2012")
-    optimizer = make_optimizer(net, recipe="2012", lr=0.01, momentum=0.9, weight_decay=5e-4)
-    inputs = Augment(64, store.mean, colour="2012", pca=store.manifest["pca"], device=device)
-    losses, an_epoch = [], len(loader) // BATCH
-    with Progress(f"seed {seed}", steps, "steps") as progress:
-        while len(losses) < steps:
-            tables = epoch_tables(seed, len(losses) // an_epoch, len(loader), store.size - 64)
-            plan = [tables.order[s * BATCH :][:BATCH] for s in range(min(an_epoch, steps - len(losses)))]
+def first_losses(args, store, loader: Loader, device) -> list[float]:
+    """The loss of each of the first steps of train.py with these arguments (options.make_parser's, settled)."""
+    net = train.build_net(args, store).to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(
+        net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    inputs = Augment(args.image_size, store.mean, colour=args.colour, pca=store.manifest["pca"], device=device)
+    losses, an_epoch, batch = [], len(loader) // args.batch_size, args.batch_size
+    with Progress(f"seed {args.seed}", args.max_steps, "steps") as progress:
+        while len(losses) < args.max_steps:
+            tables = epoch_tables(args.seed, len(losses) // an_epoch, len(loader), store.size - args.image_size)
+            plan = [tables.order[s * batch :][:batch] for s in range(min(an_epoch, args.max_steps - len(losses)))]
             for samples, (images, labels) in zip(plan, loader.batches(plan), strict=True):
-                utils.seed_all(seed, len(losses) + 1, 0)
-                loss = F.cross_entropy(net(inputs.train(images, tables, samples)), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                utils.seed_all(args.seed, len(losses) + 1, 0)
+                pictures = inputs.train(images, tables, samples)
+                loss, _ = train.train_step(net, optimizer, pictures, labels, args.precision)
                 losses.append(loss.item())
                 progress.update(1, f"loss {losses[-1]:.3f}")
     return losses

@@ -1,6 +1,7 @@
 """model.py against the paper's tables, torch's own LRN, a plain loop and finite differences."""
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -48,12 +49,10 @@ def test_parameter_counts(options, count):
 def test_layer_table_of_the_docstring_adds_up():
     """The parameters that the module's docstring lists are those of the net."""
     net = AlexNet()
-    for line in model.__doc__.splitlines():
-        words = line.split()
-        if words and words[0] in dict(net.named_children()) and words[-1].replace(",", "").isdigit():
-            numbers = [p.numel() for p in net.get_submodule(words[0]).parameters()]
-            if numbers:
-                assert sum(numbers) == int(words[-1].replace(",", "")), words[0]
+    listed = dict(re.findall(r"^    (\w+) .* ([\d,]+,\d{3})$", model.__doc__, re.MULTILINE))
+    counts = {name: sum(p.numel() for p in layer.parameters()) for name, layer in net.named_children()}
+    assert {k: int(v.replace(",", "")) for k, v in listed.items()} == {k: n for k, n in counts.items() if n}
+    assert f"in all          {sum(counts.values()):,}" in model.__doc__
 
 
 @pytest.mark.parametrize(

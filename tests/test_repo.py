@@ -19,11 +19,12 @@ ALLOWED = {
     "recipe": set(),
     "utils": {"model", "data"},
     "options": {"model", "data", "utils"},
-    "train": {"model", "data", "utils", "options", "recipe"},
+    "run": {"model", "data", "utils", "recipe"},
+    "train": {"model", "data", "utils", "options", "recipe", "run"},
     "test": {"model", "data", "utils"},
     "hubconf": {"model", "utils"},
     "studies": {"model", "data", "utils", "options", "recipe", "train", "test", "studies"},
-    "benchmarks": {"model", "data", "utils", "recipe", "train", "benchmarks"},
+    "benchmarks": {"model", "data", "utils", "options", "recipe", "train", "benchmarks"},
 }
 HEAVY = {"matplotlib", "cv2", "h5py", "lmdb", "torchvision", "scipy"}
 

@@ -1,5 +1,6 @@
 """data/sources.py: the resize rule, named sets on archives of their real format, trees and HDF5 files of users."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -49,6 +50,29 @@ def test_every_kind_of_picture_becomes_rgb_or_grey():
         picture = Image.new("L", (90, 80), 100).convert(mode) if mode != "I;16" else Image.new("I;16", (90, 80))
         assert sources.to_square(picture, 64).shape == (64, 64, 3), mode
         assert sources.to_square(picture, 64, channels=1).shape == (64, 64, 1), mode
+
+
+def test_sixteen_bits_become_eight():
+    ramp = np.linspace(0, 65535, 80 * 80).astype(np.uint16).reshape(80, 80)
+    for picture in (Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32))):
+        square = sources.to_square(picture, 80)
+        assert np.array_equal(square[..., 0], ramp >> 8), picture.mode
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_leaves_no_traceback(tmp_path):
+    """Bits flipped in a JPEG's EXIF block: a picture or a UserError, nothing else."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8769] = 6, "words", {0x9000: b"0231", 0x829A: (1, 3)}
+    Image.effect_noise((80, 80), 50).save(tmp_path / "a.jpg", exif=exif)
+    whole, rng = (tmp_path / "a.jpg").read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for where in rng.integers(4, 200, 3):
+            damaged[where] ^= 1 << rng.integers(8)
+        (tmp_path / "b.jpg").write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            assert sources.to_square(tmp_path / "b.jpg", 64).shape == (64, 64, 3)
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -112,6 +136,28 @@ def test_cifar_archives(name, tmp_path, monkeypatch, no_network):
     assert (store.size, store.codec, len(store.classes)) == (72, "raw", 10 if name == "cifar10" else 100)
     pixels, _ = store.split("test").read(np.arange(10))
     assert np.array_equal(pixels[3], sources.to_square(source.splits["test"].pictures[3], 72))
+
+
+def test_a_torn_cifar_archive_is_not_taken_and_nothing_is_fetched(tmp_path, monkeypatch, no_network):
+    """What a killed download leaves: the fallback, the probe and --download no still work."""
+    cifar_archive(datasets.CIFAR10, tmp_path / "downloads", monkeypatch)
+    file = tmp_path / "downloads" / datasets.CIFAR10.filename
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(sources.Unavailable, match="--download no forbids"):
+        sources.find("cifar10", download=False)
+    with pytest.raises(sources.Unavailable, match="no route"):
+        sources.find("cifar10")
+
+
+def test_a_failed_download_is_one_line(monkeypatch, no_network):
+    monkeypatch.setattr(sources, "_unreachable", lambda url: "")
+
+    def fails(*_, **__):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(datasets.FashionMNIST, "download", fails)
+    with pytest.raises(sources.Unavailable, match=r"failed \(first line\); run the command again"):
+        sources.find("fashion-mnist")
 
 
 def idx(array) -> bytes:
@@ -188,6 +234,10 @@ def test_a_tree_says_what_is_wrong_with_it(tree, tmp_path):
         sources.find(str(tree))
 
 
+def test_a_folder_called_like_a_named_set_is_not_that_set(tree):
+    assert sources.find(str(tree.rename(tree.parent / "sample"))).name == "my-sample"
+
+
 def test_one_class_is_refused(tree):
     for split in ("train", "val"):
         shutil.rmtree(tree / split / "dog")
@@ -214,9 +264,15 @@ def test_hdf5_files(tmp_path):
         ({"train": (images, labels[:5]), "val": (images, labels)}, "8 images and 5 labels"),
         ({"train": (images, labels + 1), "val": (images, labels)}, "beyond the 2 classes"),
         ({"train": (images.astype(float), labels), "val": (images, labels)}, "must be uint8"),
+        ({"train": (images, np.eye(2)[labels]), "val": (images, labels)}, "must be whole numbers"),
+        ({"train": (images, [b"a"] * 8), "val": (images, labels)}, "must be whole numbers"),
     ):
         with pytest.raises(UserError, match=message):
             sources.find(hdf5(tmp_path / "bad.h5", **parts))
+    with h5py.File(tmp_path / "flat.h5", "w") as file:
+        file["train"], file.attrs["classes"] = images, 3
+    with pytest.raises(UserError, match="cannot be read as a data set"):
+        sources.find(str(tmp_path / "flat.h5"))
     (tmp_path / "no.h5").write_bytes(b"not HDF5")
     with pytest.raises(UserError, match="cannot be read"):
         sources.find(str(tmp_path / "no.h5"))

@@ -11,7 +11,7 @@ from PIL import Image
 
 import test
 import utils
-from data import UserError, pack
+from data import UserError, pack, sources
 
 
 def run_json(capsys, *arguments) -> dict:
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
     with pytest.raises(UserError, match=r"has 4 classes, .* has 3"):
         test.main([best, "--data", str(three.path)])
     tiny = pack.pack(small_source(), tmp_path / "tiny", size=63)
-    with pytest.raises(UserError, match=r"takes 64 x 64 pixels, .* has 63 only"):
+    with pytest.raises(UserError, match=r"trained on pictures of 72 pixels, .* has 63; .*--size 72"):
         test.main([best, "--data", str(tiny.path)])
     content = torch.load(best, weights_only=True)
     torch.save(content | {"store": "data/stores/gone"}, tmp_path / "gone.pt")
@@ -106,6 +106,7 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
         ([best, "--split", "train"], "--split"),
         ([best, "--batch-size", "0"], "--batch-size"),
         ([best, "--data", str(tmp_path)], "is not a store"),
+        ([best, "--predictions", "nowhere/p.csv"], "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
             test.main(arguments)
@@ -117,3 +118,12 @@ def test_other_class_names_are_warned_of(run_folder, tmp_path, capsys):
     other = pack.pack(source, tmp_path / "other")
     test.main([str(run_folder / "best.pt"), "--data", str(other.path)])
     assert "class names" in capsys.readouterr().err
+
+
+def test_json_stays_one_line_while_a_set_is_packed(run_folder, tmp_path, monkeypatch, capsys):
+    """--dataset with a set that has no store yet."""
+    monkeypatch.setattr(pack, "STORES", tmp_path / "stores")
+    monkeypatch.setattr(sources, "find", lambda *_: small_source("sample"))
+    result = run_json(capsys, run_folder / "best.pt", "--dataset", "sample")
+    assert result["data"] == "sample"
+    assert (tmp_path / "stores" / "sample").exists()

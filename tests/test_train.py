@@ -1,5 +1,6 @@
 """train.py: the loop, stopping and resuming to the bit, several processes, and what it refuses."""
 
+import errno
 import json
 import math
 import os
@@ -21,7 +22,9 @@ import train
 import utils
 from data import UserError, pack, sources
 from data.augment import Augment, epoch_tables
+from data.store import Store
 from model import AlexNet
+from run import claim_folder, locked
 
 ROOT = Path(train.__file__).parent
 
@@ -160,7 +163,10 @@ def test_resume_takes_more_epochs_and_refuses_other_changes(store, run_folder, t
             resume(out, option, value)
     with pytest.raises(UserError, match="started with mirror True, not False"):
         resume(out, "--no-mirror")
-    resume(out, "--lr", "0.01", "--epochs", "2")  # the run's own value may be given again
+    # The run's own values may be given again; a new --epochs is kept for the next --resume.
+    resume(out, "--lr", "0.01", "--precision", "auto", "--epochs", "2", "--max-steps", "8")
+    assert [e["step"] for e in utils.read_log(out / "log.jsonl")] == [6, 8]
+    resume(out)
     assert [e["epoch"] for e in utils.read_log(out / "log.jsonl")] == [1, 2]
 
 
@@ -193,6 +199,23 @@ def two_epochs(store, tmp_path_factory):
     run(store, out, "--epochs", 2)
     torch.set_num_threads(2)
     return out
+
+
+def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
+    """What torchrun, timeout and job schedulers do: the workers that read get the signal as well."""
+    arguments = command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "50", "--workers", "2")[2:]
+    code = f"import data.loader, sys, train; data.loader.RESIDENT_BYTES = 0; sys.exit(train.main({arguments!r}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(), start_new_session=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, "")
+    assert load(tmp_path / "run" / "last.pt")["step"] > 6
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -275,6 +298,8 @@ def test_with_no_data_it_falls_back_to_the_sample_and_says_so(tmp_path, monkeypa
     with pytest.raises(UserError, match="cifar10 is not in"):
         train.main(["--dataset", "cifar10"])
     assert [p.name for p in (tmp_path / "stores").iterdir()] == ["sample"]
+    # A run of the sample stays one, even where CIFAR-10 could be had by now.
+    monkeypatch.setattr(train, "named_store", lambda name, _: Store(tmp_path / "stores" / name))
     assert train.main(["--resume", "--max-steps", "2"]) == 0  # the newest run
     assert load(tmp_path / "checkpoints" / "sample-1" / "last.pt")["step"] == 2
 
@@ -298,6 +323,8 @@ def test_with_no_data_it_falls_back_to_the_sample_and_says_so(tmp_path, monkeypa
         (["--init", "nowhere.pt"], r"nowhere.pt: no such checkpoint"),
         (["--resume"], "nothing to resume"),
         (["--frobnicate"], "--frobnicate"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**64)], "--seed"),
         (["--dataset", "sample"], "not allowed with"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],
@@ -324,6 +351,42 @@ def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
 def test_an_out_that_holds_a_run_needs_resume(store, run_folder):
     with pytest.raises(UserError, match="holds a run; --resume"):
         run(store, run_folder)
+
+
+@pytest.mark.parametrize("kept", ["config.json", "log.jsonl", "best.pt", "last.pt"])
+def test_any_file_of_a_run_makes_a_folder_one(store, tmp_path, kept):
+    (tmp_path / kept).write_bytes(b"")
+    with pytest.raises(UserError, match="holds a run"):
+        run(store, tmp_path)
+
+
+def test_runs_that_start_together_get_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path / "checkpoints")
+    assert [claim_folder("x").name for _ in range(3)] == ["x-1", "x-2", "x-3"]
+
+
+def test_a_run_that_is_going_on_is_left_alone(run_folder, tmp_path):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    with locked(out), pytest.raises(UserError, match="another process is training"):
+        resume(out, "--epochs", 3)
+    resume(out, "--epochs", 3, "--max-steps", 7)
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(store, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(store, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [63, 64])
+def test_a_store_of_the_smallest_sizes_trains(tmp_path, size):
+    small = pack.pack(small_source(counts=(8, 4, 4)), tmp_path / "store", size=size)
+    run(small, tmp_path / "run", "--max-steps", 1, batch=8)
+    assert load(tmp_path / "run" / "best.pt")["image_size"] in (63, 64)
 
 
 def test_a_changed_store_is_refused(run_folder, tmp_path):
