@@ -89,12 +89,16 @@ def make_parser() -> Parser:
     how.add_argument("--init", metavar="CHECKPOINT", help="start from these weights; fc8 fresh if the classes differ")
     how.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12)")
     how.add_argument("--batch-size", type=whole(1), metavar="N", help="of all processes (default: 128; sample: 32)")
-    how.add_argument("--lr", type=number(0), default=0.01, help="learning rate of the weights (default: %(default)s)")
-    how.add_argument("--momentum", type=number(0, 1, True), default=0.9, help="default: %(default)s")
-    how.add_argument("--weight-decay", type=number(0, None, True), default=5e-4, help="default: %(default)s")
+    how.add_argument("--lr", type=number(0), default=0.01, metavar="RATE",
+                     help="learning rate of the weights (default: %(default)s)")
+    how.add_argument("--momentum", type=number(0, 1, True), default=0.9, metavar="X", help="default: %(default)s")
+    how.add_argument("--weight-decay", type=number(0, None, True), default=5e-4, metavar="X",
+                     help="default: %(default)s")
     how.add_argument("--patience", type=whole(1), metavar="N",
-                     help="epochs without a lower validation error until the rate is divided by 10 (default: 5)")
-    how.add_argument("--seed", type=whole(0), default=0, help="of everything that is drawn (default: %(default)s)")
+                     help="epochs without a lower validation error until the rate is divided by 10 (default: 5; "
+                     "sample: 2)")
+    how.add_argument("--seed", type=whole(0), default=0, metavar="N",
+                     help="of everything that is drawn (default: %(default)s)")
 
     machine = parser.add_argument_group("machine and run")
     machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
