@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
@@ -81,8 +80,10 @@ def run_folder(run: Run):
         try:
             write_start(run)
         except UserError:  # a full disk: a new run leaves nothing behind
+            if not run.args.resume:
+                (out / "config.json").unlink(missing_ok=True)
             if made:
-                shutil.rmtree(out)
+                out.rmdir()
             raise
         yield
 
@@ -101,12 +102,14 @@ def claim_folder(name: str) -> Path:
 
 @contextmanager
 def locked(folder: Path):
+    """Hold the folder; the lock ends with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}; wait for it, or choose another --out") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another process is training in {folder}; wait for it, or choose another --out") from None
     finally:
         os.close(descriptor)
 
