@@ -22,7 +22,7 @@ import torch
 import utils
 from data import UserError, sources
 from data.augment import Augment
-from data.cli import Parser, run_script, whole
+from data.cli import Parser, run_script, shown, whole
 from data.loader import Loader
 from data.pack import named_store
 from data.store import Store
@@ -147,7 +147,7 @@ def checkpoint_paths(args) -> list[Path]:
     if path is None:
         raise UserError(f"no {utils.CHECKPOINTS / '*' / 'best.pt'} yet; python train.py makes one")
     if not args.json:
-        print(f"testing {utils.shown(path)}")
+        print(f"testing {shown(path)}")
     return [path]
 
 
@@ -169,14 +169,14 @@ def check_fit(paths: list[Path], checkpoints: list[dict], store: Store) -> None:
         count = len(checkpoint["classes"])
         if count != len(store.classes):
             raise UserError(
-                f"{path} has {count} classes, {utils.shown(store.path)} has {len(store.classes)}; "
+                f"{path} has {count} classes, {shown(store.path)} has {len(store.classes)}; "
                 "--data or --dataset names the store that it was trained on"
             )
         if checkpoint["classes"] != store.classes:
-            print(f"warning: the class names of {path} and {utils.shown(store.path)} differ", file=sys.stderr)
+            print(f"warning: the class names of {path} and {shown(store.path)} differ", file=sys.stderr)
         if checkpoint["store_size"] != store.size:
             raise UserError(
-                f"{path} was trained on pictures of {checkpoint['store_size']} pixels, {utils.shown(store.path)} has "
+                f"{path} was trained on pictures of {checkpoint['store_size']} pixels, {shown(store.path)} has "
                 f"{store.size}; pack the set again with --size {checkpoint['store_size']}"
             )
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from data import UserError, sources
 from data.augment import Augment, epoch_tables
-from data.cli import run_script
+from data.cli import run_script, shown
 from data.loader import Loader
 from data.pack import named_store
 from data.progress import Progress, duration
@@ -320,7 +320,7 @@ def describe(run: Run) -> str:
         f"decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
         "device": f"{machine['device']}, {run.world} process{'es' * (run.world > 1)}, {machine['threads']} threads, "
         f"{args.precision}",
-        "run": f"{utils.shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
+        "run": f"{shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }
     if store.name == "sample":
         lines["recipe"] += " (the sample has its own epochs, batch and patience)"
@@ -328,11 +328,11 @@ def describe(run: Run) -> str:
 
 
 def test_command(args) -> str:
-    return f"python test.py {utils.shown(args.out / 'best.pt')} --ten-crop"
+    return f"python test.py {shown(args.out / 'best.pt')} --ten-crop"
 
 
 def conclusion(run: Run, status: int) -> str:
-    args, state, out = run.args, run.state, utils.shown(run.args.out)
+    args, state, out = run.args, run.state, shown(run.args.out)
     resume = f"python train.py --out {out} --resume"
     if status:
         return f"stopped at step {state.step}; {resume} goes on from there"

@@ -181,12 +181,6 @@ def portable(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def shown(path: Path) -> str:
-    """A path to print, and to paste: relative to the working directory where it lies within it."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def newest(name: str) -> Path | None:
     """The youngest checkpoints/*/NAME, or None."""
     found = sorted(CHECKPOINTS.glob(f"*/{name}"), key=lambda p: p.stat().st_mtime)

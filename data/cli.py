@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from argparse import ArgumentTypeError
+from pathlib import Path
 
 from data import UserError
 
@@ -30,6 +31,12 @@ def run_script(main) -> None:
         print("stopped", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def shown(path: Path) -> str:
+    """A path to print, and to paste: relative to the working directory where it lies within it."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def whole(minimum: int, maximum: int = 2**63 - 1):

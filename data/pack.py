@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import UserError, sources
-from data.cli import Parser, run_script, whole
+from data.cli import Parser, run_script, shown, whole
 from data.progress import Progress
 from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, encode_record, file_entry, sync_folder
 
@@ -77,7 +77,7 @@ def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: 
             raise UserError(f"another process is packing {out}; wait for it") from None
         _clear(building)  # what a killed packer left
         try:
-            print(f"packing {source.name} into {out} ({size} x {size} pixels, {codec})", flush=True)
+            print(f"packing {source.name} into {shown(out)} ({size} x {size} pixels, {codec})", flush=True)
             _write(source, building, size, codec, workers, shards)
             verify(Store(building))
             (building / "lock").unlink()
@@ -94,7 +94,7 @@ def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: 
 def _summary(store: Store) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in store.counts.items())
     size = sum(entry["bytes"] for entry in store.manifest["files"].values())
-    return f"{store.path}: {counts} pictures, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
+    return f"{shown(store.path)}: {counts} pictures, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
 
 
 def named_store(name: str, download: bool | None = True) -> Store:
@@ -104,7 +104,7 @@ def named_store(name: str, download: bool | None = True) -> Store:
     if path.exists():
         return Store(path)
     if download is None:
-        raise UserError(f"there is no store {path}; make it first: python -m data.pack {name}")
+        raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {name}")
     return pack(sources.find(name, download), path, workers=os.cpu_count() or 1)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data import UserError
+from data.cli import shown
 
 NAMED = ("cifar10", "cifar100", "fashion-mnist", "sample")
 DOWNLOADS = Path(__file__).parent / "downloads"
@@ -189,14 +190,14 @@ def _idx(path: Path) -> np.ndarray:
 
 def _fetch(name: str, url: str, allowed: bool, fetch, places: list[Path]) -> None:
     """Download a named set after a probe of its server, or raise Unavailable with the reason."""
-    where = " or ".join(str(place) for place in places)
-    way_out = f"put {'its four .gz files' if name == 'fashion-mnist' else url} into {places[0]}"
+    where = " or ".join(shown(place) for place in places)
+    way_out = f"put {'its four .gz files' if name == 'fashion-mnist' else url} into {shown(places[0])}"
     if not allowed:
         raise Unavailable(f"{name} is not in {where}, and --download no forbids fetching it; {way_out}")
     reason = _unreachable(url)
     if reason:
         raise Unavailable(f"{name} is not in {where}, and its server cannot be reached ({reason}); {way_out}")
-    print(f"downloading {name} to {places[0]}", flush=True)
+    print(f"downloading {name} to {shown(places[0])}", flush=True)
     try:
         fetch()
     except (RuntimeError, OSError) as error:
