@@ -1,5 +1,6 @@
 """Batches from a store: (uint8 pictures (n, H, W, C) on the device, int64 labels on the device)."""
 
+import os
 import signal
 from collections.abc import Iterable, Iterator
 
@@ -77,6 +78,8 @@ def _start_worker(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # one thread a worker; OpenCV would start one for every core
-    # Ctrl-C, and torchrun's SIGTERM, reach the whole process group: the training loop decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, and the SIGTERM of timeout or of a job scheduler, go to the whole process group. Workers leave it: the
+    # training loop decides when they end, and they must not end before its last batch.
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -201,14 +201,34 @@ def two_epochs(store, tmp_path_factory):
     return out
 
 
-def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
-    """What torchrun, timeout and job schedulers do: the workers that read get the signal as well."""
-    arguments = command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "50", "--workers", "2")[2:]
-    code = f"import data.loader, sys, train; data.loader.RESIDENT_BYTES = 0; sys.exit(train.main({arguments!r}))"
-    process = subprocess.Popen(
+def streaming(store, out, *more):
+    """train.py with two workers that read, on a split that would be resident otherwise."""
+    arguments = command(store, out, "--batch-size", "16", "--epochs", "50", "--workers", "2", *more)[2:]
+    code = "import sys, data.loader, train; from data.cli import run_script; data.loader.RESIDENT_BYTES = 0; "
+    code += f"sys.argv[1:] = {arguments!r}; run_script(train.main)"
+    return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(), start_new_session=True,
     )
+
+
+def test_a_damaged_record_ends_a_streaming_run(jpeg_store, tmp_path):
+    """One line, status 2, and no worker that keeps the process from ending."""
+    copy = shutil.copytree(jpeg_store.path, tmp_path / "copy")
+    file = copy / "train-00000" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    content[bytes(content).index(b"ALX1") + 200] ^= 0xFF
+    file.write_bytes(content)
+    process = streaming(Store(copy), tmp_path / "run")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = err.splitlines()
+    assert "the record's checksum does not match" in line
+
+
+def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
+    """What timeout and job schedulers do: every process of the group gets the signal."""
+    process = streaming(store, tmp_path / "run")
     for line in process.stdout:
         if line.startswith("epoch"):
             break
