@@ -148,8 +148,8 @@ class AlexNet(nn.Module):
 
 class Dropout(nn.Module):
     """The paper's dropout (section 4.2): training multiplies by a mask of zeros and ones and does not rescale,
-    testing multiplies by 1 - p. torch.nn.Dropout instead divides by 1 - p in training: with the paper's
-    initialisation such a net does not leave the plateau. Masks come from torch's global generator."""
+    testing multiplies by 1 - p. torch.nn.Dropout instead divides by 1 - p in training: with it, the
+    paper's initialisation leaves the plateau much later, if at all. Masks come from torch's global generator."""
 
     def __init__(self, p: float = 0.5):
         super().__init__()
@@ -219,7 +219,8 @@ class _LRN(torch.autograd.Function):
 
 
 def _pieces(columns: int, *tensors: Tensor):
-    """Tuples of matching parts of (N, C, H, W) tensors as (n, columns, C / columns, H, W): the whole, but on a CPU."""
+    """Tuples of matching parts of (N, C, H, W) tensors as (n, columns, C / columns, H, W): all in one piece,
+    except on a CPU."""
     first = tensors[0]
     if first.device.type != "cpu" or torch.compiler.is_compiling():
         n = max(1, len(first))

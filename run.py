@@ -102,7 +102,8 @@ def claim_folder(name: str) -> Path:
 
 @contextmanager
 def locked(folder: Path):
-    """Hold the folder; the lock ends with the process, however it ends."""
+    """Hold the folder. The lock ends with the process and the workers that it forked, however they end (after a
+    SIGKILL torch's workers notice within seconds)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -35,6 +35,8 @@ def main(argv=None) -> int:
     device = utils.pick_device(args.device)
     paths = checkpoint_paths(args)
     if args.images:
+        if args.predictions or args.per_class or args.split:
+            raise UserError("--predictions, --per-class and --split go with a data set, not with --images")
         name_pictures(args, paths, device)
         return 0
     checkpoints = [utils.load_checkpoint(path, device) for path in paths]
@@ -200,7 +202,8 @@ def make_parser() -> Parser:
     parser.add_argument("--split", choices=("test", "val"), help="default: test if there is one, else val")
     parser.add_argument("--batch-size", type=whole(1), default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    parser.add_argument("--json", action="store_true",
+                        help="print one line of JSON and nothing else (with --images one a picture)")
     parser.add_argument("--per-class", action="store_true", help="print each class's error, too")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write what each picture was taken for")
     return parser

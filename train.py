@@ -323,7 +323,7 @@ def describe(run: Run) -> str:
         "run": f"{shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }
     if store.name == "sample":
-        lines["recipe"] += " (the sample has its own epochs, batch and patience)"
+        lines["recipe"] += " (the sample has defaults of its own for epochs, batch and patience)"
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 

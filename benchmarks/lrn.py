@@ -86,7 +86,7 @@ def report(result: dict) -> str:
         slowest = max(c["median_ms"] for c in contenders.values())
         for name, entry in contenders.items():
             lines.append(
-                f"{layout:<14} {name:<24} {entry['median_ms']:8.1f} ms (+- {entry['spread_ms']:.1f})"
+                f"{layout:<14} {name:<24} {entry['median_ms']:8.1f} ms (quartiles {entry['spread_ms']:.1f} apart)"
                 f"   {slowest / entry['median_ms']:5.2f}x"
             )
     return "\n".join(lines)
@@ -94,7 +94,7 @@ def report(result: dict) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.lrn", description="Time LRN, forward + backward.")
-    parser.add_argument("--batch", type=whole(1), default=64, help="pictures (default: %(default)s)")
+    parser.add_argument("--batch", type=whole(2), default=64, help="pictures (default: %(default)s)")
     parser.add_argument("--repeats", type=whole(3), default=9, help="timed rounds (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")

@@ -52,11 +52,15 @@ class Loader:
             worker_init_fn=_start_worker,
             prefetch_factor=4 if self.workers else None,
         )
+        iterator = iter(streamed)
         try:
-            for images, labels in streamed:
+            for images, labels in iterator:
                 yield images.to(self.device, non_blocking=cuda), labels.to(self.device, non_blocking=cuda)
         except UserError as error:  # a worker's arrives with its traceback around it; the last line is the message
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")) from None
+        finally:
+            if self.workers:  # now and in good order: at the exit of the process torch complains of what is left
+                iterator._shutdown_workers()
 
 
 class _Batches(Dataset):

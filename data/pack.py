@@ -1,6 +1,7 @@
 """Pack a source into a store, or verify a store:
 
     python -m data.pack SOURCE [--out data/stores/NAME] [--size N] [--codec jpeg|raw] [--workers N] [--shards N]
+                               [--download yes|no]
     python -m data.pack --verify STORE
 """
 

@@ -279,7 +279,7 @@ def _hdf5(path: Path, name: str) -> Source:
             names = np.atleast_1d(file.attrs["classes"])
             classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
             splits = {
-                split: Split(file[split]["images"][:], file[split]["labels"][:])
+                split: Split(file[split]["images"][:], np.asarray(file[split]["labels"]))
                 for split in ("train", "val", "test")
                 if split in file
             }
@@ -288,7 +288,10 @@ def _hdf5(path: Path, name: str) -> Source:
         raise UserError(f"{path} cannot be read as a data set ({reason}); data/README.md has its form") from None
     _check_hdf5(path, classes, splits)
     if "val" not in splits:
+        print(f"{path} has no val/: its test/ drives the learning rate instead", flush=True)
         splits["val"] = splits.pop("test")
+    for part in splits.values():
+        part.labels = part.labels.astype(np.int64)
     images = splits["train"].pictures
     small = max(images.shape[1:3]) < 128
     channels = 1 if images.ndim == 3 else 3

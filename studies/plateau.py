@@ -2,9 +2,9 @@
 
     python -m studies.plateau [--dataset fashion-mnist] [--seeds 10] [--steps 200] [--out results/plateau.jsonl]
 
-Each seed trains with train.py's defaults. A loss of ln(classes), 2.303 for
-ten classes, means that nothing has been learnt. Each finished seed is a line in --out; seeds that stand there already
-are not run again, so the study can be stopped at any time (another --out starts over). The table is printed last.
+Each seed trains with train.py's defaults. A loss of ln(classes), 2.303 for ten classes, means that nothing has been
+learnt. Each finished seed is a line in --out; seeds that stand there already are not run again, so the study can be
+stopped at any time (another --out starts over). The table is printed last.
 """
 
 import time
@@ -22,6 +22,7 @@ from data.loader import Loader
 from data.pack import named_store
 from data.progress import Progress
 from recipe import make_optimizer
+from run import store_mean
 
 WINDOW = 25  # steps that a reported loss is the mean of
 
@@ -53,7 +54,10 @@ def first_losses(args, store, loader: Loader, device) -> list[float]:
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    inputs = Augment(args.image_size, store.mean, colour=args.colour, pca=store.manifest["pca"], device=device)
+    inputs = Augment(
+        args.image_size, store_mean(args, store), mirror=args.mirror, colour=args.colour, pca=store.manifest["pca"],
+        device=device,
+    )
     losses, an_epoch, batch = [], len(loader) // args.batch_size, args.batch_size
     with Progress(f"seed {args.seed}", args.max_steps, "steps") as progress:
         while len(losses) < args.max_steps:

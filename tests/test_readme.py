@@ -24,6 +24,9 @@ PARSERS = {
 }
 
 
+GUIDES = [*ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")]
+
+
 def fenced(language: str) -> list[str]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     return [text for found, text in blocks if found == language]
@@ -55,8 +58,10 @@ def test_a_command_is_parsed_by_its_script(line):
 
 def test_commands_also_in_running_text():
     """`python ...` in backquotes, in README and in the other guides."""
-    texts = [README, *(p.read_text() for p in ROOT.glob("*/README.md"))]
+    texts = [README, *(p.read_text() for p in GUIDES)]
     lines = [line for text in texts for line in re.findall(r"`(python (?:-m )?[\w.]+ [^`]*)`", text)]
+    lines += [line.strip() for text in texts[1:] for line in re.findall(r"^(?:    )?python .*[^\]\\]$", text, re.M)]
+    lines = [line for line in lines if "[" not in line and "SOURCE" not in line]  # synopses
     assert lines
     for line in lines:
         script, arguments = script_and_arguments(line)
@@ -125,7 +130,7 @@ def test_python_blocks_run(block, home, monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for text, folder in ((README, ROOT), *((p.read_text(), p.parent) for p in ROOT.glob("*/README.md"))):
+    for text, folder in ((README, ROOT), *((p.read_text(), p.parent) for p in GUIDES)):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if not target.startswith("http"):
                 assert (folder / target).exists(), target

@@ -23,7 +23,7 @@ ALLOWED = {
     "train": {"model", "data", "utils", "options", "recipe", "run"},
     "test": {"model", "data", "utils"},
     "hubconf": {"model", "utils"},
-    "studies": {"model", "data", "utils", "options", "recipe", "train", "test", "studies"},
+    "studies": {"model", "data", "utils", "options", "recipe", "run", "train", "test", "studies"},
     "benchmarks": {"model", "data", "utils", "options", "recipe", "train", "benchmarks"},
 }
 HEAVY = {"matplotlib", "cv2", "h5py", "lmdb", "torchvision", "scipy"}
