@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from data import pack
 from data.sources import Source, Split
 
@@ -61,8 +62,15 @@ def tree(tmp_path):
 @pytest.fixture(scope="session")
 def run_folder(store, tmp_path_factory):
     """A finished run of one epoch on `store`."""
-    import train
-
     out = tmp_path_factory.mktemp("runs") / "run"
     train.main(["--data", str(store.path), "--out", str(out), "--epochs", "1", "--batch-size", "16", "--workers", "0"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def ten_steps(store, tmp_path_factory):
+    """A run of 10 steps in one go: an epoch of 6 and 4 more."""
+    out = tmp_path_factory.mktemp("ten") / "run"
+    arguments = ["--data", str(store.path), "--out", str(out), "--batch-size", "16", "--workers", "0"]
+    train.main([*arguments, "--max-steps", "10"])
     return out

@@ -1,0 +1,61 @@
+"""What the tests of training share: train.py called, started and looked at."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import train
+import utils
+
+ROOT = Path(train.__file__).parent
+
+
+def run(store, out, *more, batch=16):
+    arguments = ["--data", str(store.path), "--out", str(out), "--batch-size", str(batch), "--workers", "0"]
+    return train.main([*arguments, *map(str, more)])
+
+
+def resume(out, *more):
+    return train.main(["--resume", "--out", str(out), *map(str, more)])
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_state(one: Path, two: Path):
+    """Weights, momentum buffers, schedule and step of two last.pt, bit for bit."""
+    a, b = load(one / "last.pt"), load(two / "last.pt")
+    assert (a["step"], a["epoch"], a["best"], a["schedule"]) == (b["step"], b["epoch"], b["best"], b["schedule"])
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    buffers = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True)
+    assert all(torch.equal(x["momentum_buffer"], y["momentum_buffer"]) for x, y in buffers)
+
+
+def numbers(out):
+    """The log without its timings."""
+    timings = ("images_per_second", "seconds")
+    return [{k: v for k, v in e.items() if k not in timings} for e in utils.read_log(out / "log.jsonl")]
+
+
+def command(store, out, *more):
+    arguments = ["train.py", "--data", store.path, "--out", out, "--workers", "0", *more]
+    return [sys.executable, *map(str, arguments)]
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def streaming(store, out, *more):
+    """train.py with two workers that read, on a split that would be resident otherwise."""
+    arguments = command(store, out, "--batch-size", "16", "--epochs", "50", "--workers", "2", *more)[2:]
+    code = "import sys, data.loader, train; from data.cli import run_script; data.loader.RESIDENT_BYTES = 0; "
+    code += f"sys.argv[1:] = {arguments!r}; run_script(train.main)"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(), start_new_session=True,
+    )

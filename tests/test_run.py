@@ -1,0 +1,173 @@
+"""run.py: what a run leaves behind, stopping and resuming to the bit, and folders that are taken."""
+
+import errno
+import json
+import math
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_source
+from helpers import ROOT, assert_same_state, command, environment, load, numbers, resume, run
+
+import train
+import utils
+from data import UserError, pack
+from model import AlexNet
+from run import claim_folder, locked
+
+
+@pytest.mark.parametrize("stop", [5, 6, 8])
+def test_stop_and_resume_equals_an_unbroken_run(store, ten_steps, tmp_path, stop):
+    """In mid-epoch, at an epoch's end, and after it."""
+    out = tmp_path / "run"
+    run(store, out, "--max-steps", stop)
+    assert load(out / "last.pt")["step"] == stop
+    resume(out, "--max-steps", 10)
+    assert_same_state(out, ten_steps)
+    assert numbers(out) == numbers(ten_steps)
+
+
+def test_what_a_run_leaves_behind(store, run_folder):
+    files = ["best.pt", "config.json", "curves.png", "last.pt", "log.jsonl"]
+    assert sorted(p.name for p in run_folder.iterdir()) == files
+    (entry,) = utils.read_log(run_folder / "log.jsonl")
+    assert set(entry) == {
+        "epoch", "step", "lr", "train_loss", "train_top1_error", "val_loss", "val_top1_error", "val_top5_error",
+        "images_per_second", "seconds",
+    }
+    assert (entry["epoch"], entry["step"], entry["lr"]) == (1, 6, 0.01)
+    best, last = load(run_folder / "best.pt"), load(run_folder / "last.pt")
+    assert set(last) - set(best) == {"optimizer", "schedule"}
+    assert set(utils.CHECKPOINT_KEYS) <= set(best)
+    assert best["config"] == AlexNet(4, image_size=64).config
+    assert best["classes"] == store.classes
+    assert (best["store_size"], best["image_size"], best["epoch"], best["step"]) == (72, 64, 1, 6)
+    assert best["best"] == entry["val_top1_error"]
+    assert np.array_equal(best["mean"].numpy(), store.mean)
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["fingerprint"] == store.fingerprint
+    assert config["arguments"]["batch_size"] == 16
+    assert config["torch"] == torch.__version__
+    assert (run_folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_max_steps_touches_neither_schedule_nor_best(store, tmp_path):
+    """A stop in mid-epoch validates, logs a line and writes best.pt, because there is none; a later one that is
+    better leaves best.pt alone."""
+    out = tmp_path / "run"
+    run(store, out, "--max-steps", 3)
+    last = load(out / "last.pt")
+    assert (last["epoch"], last["best"]) == (0, math.inf)
+    assert (last["schedule"]["best"], last["schedule"]["waited"]) == (math.inf, 0)
+    assert load(out / "best.pt")["step"] == 3
+    assert [e["step"] for e in utils.read_log(out / "log.jsonl")] == [3]
+    resume(out, "--max-steps", 7)
+    assert [e["step"] for e in utils.read_log(out / "log.jsonl")] == [6, 7]
+    assert load(out / "best.pt")["step"] == 6
+    assert load(out / "last.pt")["step"] == 7
+
+
+def test_a_finished_run_says_so_and_exits_with_0(run_folder, capsys):
+    before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
+    assert resume(run_folder) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
+
+
+def test_resume_takes_more_epochs_and_refuses_other_changes(store, run_folder, tmp_path):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    for option, value in (("--lr", "0.1"), ("--batch-size", "8"), ("--seed", "1"), ("--recipe", "paper")):
+        with pytest.raises(UserError, match=f"started with {option[2:].replace('-', '_')}"):
+            resume(out, option, value)
+    with pytest.raises(UserError, match="started with mirror True, not False"):
+        resume(out, "--no-mirror")
+    # The run's own values may be given again; a new --epochs is kept for the next --resume.
+    resume(out, "--lr", "0.01", "--precision", "auto", "--epochs", "2", "--max-steps", "8")
+    assert [e["step"] for e in utils.read_log(out / "log.jsonl")] == [6, 8]
+    resume(out)
+    assert [e["epoch"] for e in utils.read_log(out / "log.jsonl")] == [1, 2]
+
+
+def test_an_out_that_holds_a_run_needs_resume(store, run_folder):
+    with pytest.raises(UserError, match="holds a run; --resume"):
+        run(store, run_folder)
+
+
+@pytest.mark.parametrize("kept", ["config.json", "log.jsonl", "best.pt", "last.pt"])
+def test_any_file_of_a_run_makes_a_folder_one(store, tmp_path, kept):
+    (tmp_path / kept).write_bytes(b"")
+    with pytest.raises(UserError, match="holds a run"):
+        run(store, tmp_path)
+
+
+def test_runs_that_start_together_get_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path / "checkpoints")
+    assert [claim_folder("x").name for _ in range(3)] == ["x-1", "x-2", "x-3"]
+
+
+def test_a_run_that_is_going_on_is_left_alone(run_folder, tmp_path):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    with locked(out), pytest.raises(UserError, match="another process is training"):
+        resume(out, "--epochs", 3)
+    resume(out, "--epochs", 3, "--max-steps", 7)
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(store, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(store, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_store_is_refused(run_folder, tmp_path):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    other = pack.pack(small_source(counts=(80, 20, 20)), tmp_path / "other")
+    config = json.loads((out / "config.json").read_text())
+    config["arguments"]["data"] = str(other.path)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has changed since"):
+        resume(out)
+
+
+def test_last_pt_is_written_in_mid_epoch_too(store, tmp_path, monkeypatch):
+    """At each look once SAVE_SECONDS have passed."""
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train, "LOOK_EVERY", 2)
+    saved = []
+    real = utils.save_checkpoint
+
+    def save(path, content):
+        saved.append(content["step"])
+        real(path, content)
+
+    monkeypatch.setattr(utils, "save_checkpoint", save)
+    run(store, tmp_path / "run", "--epochs", 1)
+    assert {0, 2, 4, 6} <= set(saved)
+    assert time.time() - (tmp_path / "run" / "last.pt").stat().st_mtime < 60
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(store, tmp_path):
+    """SIGKILL once the second epoch is under way: at worst that epoch is lost."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(store, out, "--batch-size", "16", "--epochs", "50"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(),
+    )
+    for line in process.stdout:
+        if line.startswith("epoch  2"):
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    step = load(out / "last.pt")["step"]
+    assert step >= 6
+    resume(out, "--max-steps", step + 2)
+    assert load(out / "last.pt")["step"] == step + 2
+    assert [e["step"] for e in utils.read_log(out / "log.jsonl")] == [*range(6, step + 1, 6), step + 2]
