@@ -107,6 +107,7 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
         ([best, "--batch-size", "0"], "--batch-size"),
         ([best, "--data", str(tmp_path)], "is not a store"),
         ([best, "--predictions", "nowhere/p.csv"], "no such folder"),
+        ([best, "--images", "cat.jpg", "--per-class"], "go with a data set"),
     ):
         with pytest.raises(UserError, match=message):
             test.main(arguments)
