@@ -148,8 +148,8 @@ class AlexNet(nn.Module):
 
 class Dropout(nn.Module):
     """The paper's dropout (section 4.2): training multiplies by a mask of zeros and ones and does not rescale,
-    testing multiplies by 1 - p. torch.nn.Dropout instead divides by 1 - p in training: with it, the
-    paper's initialisation leaves the plateau much later, if at all. Masks come from torch's global generator."""
+    testing multiplies by 1 - p. torch.nn.Dropout instead divides by 1 - p in training. Masks come from torch's
+    global generator."""
 
     def __init__(self, p: float = 0.5):
         super().__init__()
