@@ -1,101 +1,250 @@
-"""Does AlexNet leave its plateau every time? The first steps of training, seed by seed:
+"""Which choices decide whether AlexNet leaves its plateau, and how soon? The first steps of training, cell by cell:
 
-    python -m studies.plateau [--dataset fashion-mnist] [--seeds 10] [--steps 200] [--out results/plateau.jsonl]
+    python -m studies.plateau                          ten seeds of train.py's defaults
+    python -m studies.plateau --pixels 0-255 divided --dropout paper inverted --init 2012 paper pytorch kaiming \\
+        --seeds 3 --steps 250 --stop-below 1           two, two and four choices crossed: 16 cells, three seeds each
 
-Each seed trains with train.py's defaults. A loss of ln(classes), 2.303 for ten classes, means that nothing has been
-learnt. Each finished seed is a line in --out; seeds that stand there already are not run again, so the study can be
-stopped at any time (another --out starts over). The table is printed last.
+A loss of ln(classes), 2.303 for ten classes, means that nothing has been learnt. A cell is one value of each of the
+five choices; the first value of each is train.py's. Each finished run is a line in --out, and runs that stand there
+are not run again, so the study can be stopped at any time (another --out starts over). A table of the file's runs
+on this data set is printed last, and their curves are drawn beside it, under the same name with .png.
 """
 
+import itertools
+import math
 import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import options
 import train
 import utils
 from data import sources
 from data.augment import Augment, epoch_tables
-from data.cli import Parser, run_script, whole
+from data.cli import Parser, number, run_script, whole
 from data.loader import Loader
 from data.pack import named_store
 from data.progress import Progress
 from recipe import make_optimizer
 from run import store_mean
 
+# Every choice's values, train.py's first.
+CHOICES = {
+    "pixels": ("0-255", "divided"),  # with the mean subtracted; divided by their standard deviation
+    "dropout": ("paper", "inverted"),  # model.Dropout; torch.nn.Dropout in the same places
+    "init": ("2012", "paper", "pytorch", "kaiming"),
+    "bias_rate": (2, 1),  # times the weights' rate
+    "bias_decay": ("no", "yes"),
+}
+KEY = ("dataset", "steps", "stop_below", "seed", *CHOICES)
+EVERY = 5  # the log keeps the mean loss of every 5 steps
 WINDOW = 25  # steps that a reported loss is the mean of
+LEFT = 0.9  # the plateau is left when that mean falls below this part of ln(classes)
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device, out = utils.pick_device(args.device), Path(args.out)
     store = named_store(args.dataset)
-    loader = Loader(store, "train", device)
+    loader, machine = Loader(store, "train", device), utils.environment(device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = {(e["dataset"], e["steps"], e["seed"]) for e in utils.read_log(out)}
-    for seed in range(args.seeds):
-        if (args.dataset, args.steps, seed) not in done:
-            entry = {"dataset": args.dataset, "steps": args.steps, "seed": seed}
+    cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
+    done = {tuple(entry[k] for k in KEY) for entry in utils.read_log(out)}
+    for seed, cell in itertools.product(range(args.seeds), cells):
+        entry = {"dataset": args.dataset, "steps": args.steps, "stop_below": args.stop_below, "seed": seed, **cell}
+        if tuple(entry[k] for k in KEY) not in done:
             began = time.monotonic()
             run = options.make_parser().parse_args(["--seed", str(seed), "--max-steps", str(args.steps)])
             options.settle(run, store, device, world=1)
-            losses = first_losses(run, store, loader, device)
-            entry |= {"losses": windows(losses), "seconds": time.monotonic() - began, **utils.environment(device)}
-            utils.append_line(out, entry)
-    wanted = [e for e in utils.read_log(out) if (e["dataset"], e["steps"]) == (args.dataset, args.steps)]
-    print(table(wanted[: args.seeds]))
+            losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
+            entry |= summary(losses, len(store.classes)) | {"outputs": outputs, "seconds": time.monotonic() - began}
+            utils.append_line(out, entry | machine)
+    entries = [e for e in utils.read_log(out) if (e["dataset"], e["steps"]) == (args.dataset, args.steps)]
+    print(table(entries))
+    draw(entries, out.with_suffix(".png"))
     return 0
 
 
-def first_losses(args, store, loader: Loader, device) -> list[float]:
-    """The loss of each of the first steps of train.py with these arguments (options.make_parser's, settled)."""
-    net = train.build_net(args, store).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(
-        net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: float = 0):
+    """The loss of each of the first steps of train.py with these arguments (options.make_parser's, settled) and the
+    cell's choices, and layer_outputs of the first batch. Ends early where the mean of WINDOW steps falls below
+    stop_below, or a loss is not finite."""
+    net = build(args, store, cell).to(device, memory_format=torch.channels_last)
+    optimizer = optimizer_of(net, args, cell)
     inputs = Augment(
         args.image_size, store_mean(args, store), mirror=args.mirror, colour=args.colour, pca=store.manifest["pca"],
         device=device,
     )
-    losses, an_epoch, batch = [], len(loader) // args.batch_size, args.batch_size
-    with Progress(f"seed {args.seed}", args.max_steps, "steps") as progress:
+    scale = deviation(store) if cell["pixels"] == "divided" else 1.0
+    losses, outputs, an_epoch, batch = [], {}, len(loader) // args.batch_size, args.batch_size
+    with Progress(f"seed {args.seed} {' '.join(map(str, cell.values()))}", args.max_steps, "steps") as progress:
         while len(losses) < args.max_steps:
             tables = epoch_tables(args.seed, len(losses) // an_epoch, len(loader), store.size - args.image_size)
             plan = [tables.order[s * batch :][:batch] for s in range(min(an_epoch, args.max_steps - len(losses)))]
             for samples, (images, labels) in zip(plan, loader.batches(plan), strict=True):
                 utils.seed_all(args.seed, len(losses) + 1, 0)
-                pictures = inputs.train(images, tables, samples)
+                pictures = inputs.train(images, tables, samples) / scale
+                if not losses:
+                    outputs = layer_outputs(net, pictures)
+                    utils.seed_all(args.seed, 1, 0)  # the first step's own masks
                 loss, _ = train.train_step(net, optimizer, pictures, labels, args.precision)
                 losses.append(loss.item())
                 progress.update(1, f"loss {losses[-1]:.3f}")
-    return losses
+                if not math.isfinite(losses[-1]) or sum(losses[-WINDOW:]) < stop_below * min(WINDOW, len(losses)):
+                    return losses, outputs
+    return losses, outputs
 
 
-def windows(losses: list[float]) -> dict[str, float]:
-    """Mean loss of the WINDOW steps up to every 50th step."""
-    ends = list(range(50, len(losses) + 1, 50)) or [len(losses)]
-    return {str(end): sum(losses[end - WINDOW : end]) / WINDOW for end in ends}
+def build(args, store, cell: dict) -> nn.Module:
+    """train.py's net with the cell's dropout and initialisation."""
+    net = train.build_net(args, store)
+    if cell["dropout"] == "inverted":
+        net.drop6, net.drop7 = nn.Dropout(0.5), nn.Dropout(0.5)
+    utils.seed_all(args.seed)
+    if cell["init"] in ("2012", "paper"):
+        net.init_weights(cell["init"])
+        return net
+    for layer in net.children():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()  # PyTorch's default: uniform, deviation 1 / sqrt(3 fan_in), biases too
+            if cell["init"] == "kaiming":  # He et al. 2015: deviation sqrt(2 / fan_in), biases 0
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+    return net
+
+
+def optimizer_of(net: nn.Module, args, cell: dict):
+    optimizer = make_optimizer(
+        net, recipe="2012", lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    biases = optimizer.param_groups[1]
+    biases["lr"] = args.lr * cell["bias_rate"]
+    biases["weight_decay"] = args.weight_decay if cell["bias_decay"] == "yes" else 0.0
+    return optimizer
+
+
+def deviation(store) -> float:
+    """The standard deviation of the training pixels about their channel's mean, over all channels: the PCA's
+    eigenvalues sum up to the channels' variances."""
+    return math.sqrt(sum(store.manifest["pca"]["eigenvalues"]) / 3)
+
+
+@torch.no_grad()
+def layer_outputs(net: nn.Module, pictures) -> dict[str, list[float]]:
+    """Of each layer's linear output in training: mean, standard deviation, and how much of that is due to the
+    picture (the deviation over pictures of one unit, averaged over units in the mean square)."""
+    found = {}
+
+    def note(name):
+        def hook(_layer, _input, output):
+            over_pictures = output.float().var(0, correction=0).mean().sqrt()
+            found[name] = [float(v) for v in (output.float().mean(), output.float().std(), over_pictures)]
+
+        return hook
+
+    layers = [(n, m) for n, m in net.named_children() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers]
+    net.train()
+    net(pictures)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def summary(losses: list[float], classes: int) -> dict:
+    """What the log keeps of a run. left: the step at which the mean loss of the last WINDOW steps is below LEFT of
+    guessing's for the first time, or None; finite: whether all losses were."""
+    means = [sum(losses[i - WINDOW : i]) / WINDOW for i in range(WINDOW, len(losses) + 1)]
+    left = next((i for i, mean in enumerate(means, WINDOW) if mean < LEFT * math.log(classes)), None)
+    finite = all(map(math.isfinite, losses))
+    shown = [sum(losses[i : i + EVERY]) / EVERY for i in range(0, len(losses) - EVERY + 1, EVERY)]
+    return {
+        "left": left, "finite": finite, "ran": len(losses), "classes": classes,
+        "losses": [round(loss, 4) if math.isfinite(loss) else None for loss in shown],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what it shows
 
 
 def table(entries: list[dict]) -> str:
-    """A Markdown table: a row for each seed, a column for each reported step."""
-    steps = list(entries[0]["losses"])
-    lines = [f"| seed | {' | '.join(f'step {s}' for s in steps)} |", "|---" * (len(steps) + 1) + "|"]
-    for entry in entries:
-        losses = " | ".join(f"{entry['losses'][s]:.3f}" for s in steps)
-        lines.append(f"| {entry['seed']} | {losses} |")
-    last = [entry["losses"][steps[-1]] for entry in entries]
-    lines.append(f"\nunder 1.0 at step {steps[-1]}: {sum(loss < 1 for loss in last)} of {len(last)}; "
-                 f"highest {max(last):.3f}, lowest {min(last):.3f}")
+    """A Markdown table: a row for each cell; when each of its seeds left the plateau, and the mean loss over seeds
+    of the WINDOW steps up to each of a few steps."""
+    steps = list(range(50, max(e["steps"] for e in entries) + 1, 50))
+    head = ["pixels", "dropout", "initialisation", "bias rate", "bias decay", "leaves at step"]
+    lines = [f"| {' | '.join(head + [f'loss at {s}' for s in steps])} |", "|---" * (len(head) + len(steps)) + "|"]
+    for cell, runs in by_cell(entries).items():
+        left = ", ".join(str(e["left"] or ("not by " + str(e["steps"]) if e["finite"] else "diverged")) for e in runs)
+        losses = [mean_loss(runs, step) for step in steps]
+        pixels, dropout, init, rate, decay = cell
+        lines.append(f"| {' | '.join([pixels, dropout, init, f'{rate}x', decay, left, *losses])} |")
     return "\n".join(lines)
 
 
+def by_cell(entries: list[dict]) -> dict[tuple, list[dict]]:
+    """Runs by cell, in the order of CHOICES."""
+    cells = {}
+    for values in itertools.product(*CHOICES.values()):
+        runs = [e for e in entries if tuple(e[c] for c in CHOICES) == values]
+        if runs:
+            cells[values] = sorted(runs, key=lambda e: e["seed"])
+    return cells
+
+
+def mean_loss(runs: list[dict], step: int) -> str:
+    """Over the seeds that ran that far; others had stopped below stop_below (a dash where all had)."""
+    reached = [e["losses"][(step - WINDOW) // EVERY : step // EVERY] for e in runs if e["ran"] >= step and e["finite"]]
+    means = [sum(losses) / len(losses) for losses in reached]
+    return f"{sum(means) / len(means):.3f}" if means else "-"
+
+
+def draw(entries: list[dict], path: Path) -> None:
+    """The loss over steps: a panel for each choice of pixels and dropout, a colour for each initialisation, a line for
+    each run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / deviation",
+             "paper": "dropout as the paper's", "inverted": "inverted dropout"}
+    rows, columns = CHOICES["pixels"], CHOICES["dropout"]
+    for (row, pixels), (column, dropout) in itertools.product(enumerate(rows), enumerate(columns)):
+        axes = panels[row, column]
+        for colour, init in enumerate(CHOICES["init"]):
+            runs = [e for e in entries if (e["pixels"], e["dropout"], e["init"]) == (pixels, dropout, init)]
+            for i, e in enumerate(runs):
+                steps = [EVERY * (k + 1) for k in range(len(e["losses"]))]
+                losses = [math.nan if loss is None else loss for loss in e["losses"]]
+                axes.plot(steps, losses, color=f"C{colour}", lw=1, alpha=0.8, label=None if i else init)
+        axes.axhline(math.log(entries[0]["classes"]), color="0.4", ls=":", lw=1)
+        axes.set(title=f"{names[pixels]}, {names[dropout]}", ylim=(0, 4))
+        axes.grid(alpha=0.3)
+        axes.legend(title="initialisation", fontsize=8, title_fontsize=8, loc="lower left")
+    for axes in panels[1]:
+        axes.set_xlabel("step")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("training loss (dotted: guessing)")
+    with utils.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
 def make_parser() -> Parser:
-    parser = Parser(prog="python -m studies.plateau", description="The first steps of training, seed by seed.")
+    parser = Parser(prog="python -m studies.plateau", description="The first steps of training, cell by cell.")
     parser.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
+    for name, values in CHOICES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", choices=values, default=[values[0]],
+                            type=type(values[0]), help=f"one or more (default: {values[0]})")
     parser.add_argument("--seeds", type=whole(1), default=10, help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=whole(WINDOW), default=200, help="of each (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(WINDOW), default=200, help="of each run (default: %(default)s)")
+    parser.add_argument("--stop-below", type=number(0, None, True), default=0.0, metavar="LOSS",
+                        help=f"end a run when its loss, the mean of {WINDOW} steps, is lower (default: never)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--out", default="results/plateau.jsonl", help="default: %(default)s")
     return parser
