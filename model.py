@@ -21,18 +21,27 @@ The net for 224 x 224 pictures and 1000 classes, one column (the paper's figure 
     fc8     dense, no ReLU: the logits            1000             4,097,000
                                                   in all          62,378,344
 
-Sources named below: *paper* is the text; *2012 code* is the authors' own source (Computer History Museum, 2025).
+Three nets that people know: AlexNet() is this table; AlexNet(columns=2) is the paper's two-GPU net as one module;
+AlexNet(columns=2, order="2012") is the net of the authors' source.
+
+Sources named below: *paper* is the text; *2012 code* is the authors' own source (Computer History Museum, 2025), its
+net being layers-145.cfg. REPRODUCTION.md goes through the differences one by one.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}
-ORDERS = ("paper",)
+ORDERS = ("paper", "2012")
 RECIPES = ("2012", "paper")
 
 # LRN's four numbers (paper, section 3.3). The paper prints alpha alone; its authors' code divides it by n.
 LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K = 5, 1e-4, 0.75, 2.0
+LRN_ALPHAS = ("2012", "paper")
+
+# What the pools leave of smaller inputs is no map any more.
+SMALLEST = {"paper": 63, "2012": 64}
 
 # On a CPU, LRN works through the batch in pieces that stay in the cache: this many numbers at a time.
 CPU_PIECE = 600_000
@@ -42,14 +51,19 @@ class AlexNet(nn.Module):
     """AlexNet for square RGB pictures.
 
     num_classes: number of logits.
-    image_size: side of the input in pixels, at least 63. 227 is taken without padding in conv1 (Caffe's size, the
-        same maps); every other size is padded by 2, which makes the paper's 224 give 55 x 55.
+    image_size: side of the input in pixels, at least 63 (order "2012": 64). 227 is taken without padding in conv1
+        (Caffe's size, the same maps); every other size is padded by 2, which makes the paper's 224 give 55 x 55.
     columns: 1, or 2 for the paper's two GPUs as one module: conv2, conv4 and conv5 and both LRNs then see their own
         half of the channels only (paper, figure 2).
-    order: "paper" (ReLU, LRN, pooling).
+    order: "paper" (ReLU, LRN, pooling), or "2012" for the order of the authors' source: conv1's output is normalised
+        and pooled before its ReLU, a second norm within each map follows LRN 2, conv5's ReLU follows the pool, and
+        conv1 pads zeros on the right and at the bottom only, as many as its last window needs (3 at 224).
     activation: "relu", or "tanh" (paper, figure 1).
-    lrn, overlapping_pool, dropout: the paper's sections 3.3, 3.4 and 4.2; False, False (2x2 windows instead of 3x3,
-        the same map sizes) and 0 leave them out.
+    lrn, overlapping_pool, dropout: the paper's sections 3.3, 3.4 and 4.2; False (no norm at all), False (2x2 windows
+        instead of 3x3, the same map sizes) and 0 leave them out.
+    lrn_alpha: "2012" divides alpha by the number of channels summed, "paper" takes it as it is printed.
+    lrn_k: 2 (paper); Caffe's default is 1.
+    lrn_across: with two columns, let LRN's window cross from one into the other, as Caffe's does.
 
     Raises ValueError where an option is not one of these.
     """
@@ -65,30 +79,46 @@ class AlexNet(nn.Module):
         lrn: bool = True,
         overlapping_pool: bool = True,
         dropout: float = 0.5,
+        lrn_alpha: str = "2012",
+        lrn_k: float = LRN_K,
+        lrn_across: bool = False,
     ):
         super().__init__()
         _check("num_classes", num_classes, isinstance(num_classes, int) and num_classes >= 1, "a whole number from 1")
-        _check("image_size", image_size, isinstance(image_size, int) and image_size >= 63, "63 pixels or more")
-        _check("columns", columns, columns in (1, 2), "1 or 2")
         _check("order", order, order in ORDERS, " or ".join(ORDERS))
+        least = SMALLEST[order]
+        _check("image_size", image_size, isinstance(image_size, int) and image_size >= least, f"{least} pixels or more")
+        _check("columns", columns, columns in (1, 2), "1 or 2")
         _check("activation", activation, activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
         _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
+        _check("lrn_alpha", lrn_alpha, lrn_alpha in LRN_ALPHAS, " or ".join(LRN_ALPHAS))
+        _check("lrn_k", lrn_k, lrn_k > 0, "above 0")
         # What rebuilds this net: checkpoints keep it beside the weights.
         self.config = {
             "num_classes": num_classes, "image_size": image_size, "columns": columns, "order": order,
             "activation": activation, "lrn": lrn, "overlapping_pool": overlapping_pool, "dropout": dropout,
+            "lrn_alpha": lrn_alpha, "lrn_k": lrn_k, "lrn_across": lrn_across,
         }
         act = ACTIVATIONS[activation]
         window = 3 if overlapping_pool else 2
-        padding = 0 if image_size == 227 else 2
+        if order == "2012":
+            padding, beyond = 0, -(image_size - 11) % 4  # conv1's windows are rounded up: 55 at 224
+        else:
+            padding, beyond = 0 if image_size == 227 else 2, 0
 
+        def norm():
+            alpha = LRN_ALPHA if lrn_alpha == "2012" else LRN_ALPHA * LRN_SIZE  # undoes the division
+            return LocalResponseNorm(1 if lrn_across else columns, alpha=alpha, k=lrn_k) if lrn else nn.Identity()
+
+        self.pad1 = nn.ZeroPad2d((0, beyond, 0, beyond)) if beyond else nn.Identity()
         self.conv1 = nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=padding)
         self.act1 = act()
-        self.norm1 = LocalResponseNorm(columns) if lrn else nn.Identity()
+        self.norm1 = norm()
         self.pool1 = nn.MaxPool2d(window, stride=2)
         self.conv2 = nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=columns)
         self.act2 = act()
-        self.norm2 = LocalResponseNorm(columns) if lrn else nn.Identity()
+        self.norm2 = norm()
+        self.mapnorm2 = MapNorm() if lrn and order == "2012" else nn.Identity()
         self.pool2 = nn.MaxPool2d(window, stride=2)
         self.conv3 = nn.Conv2d(256, 384, kernel_size=3, padding=1)  # sees both columns
         self.act3 = act()
@@ -98,7 +128,7 @@ class AlexNet(nn.Module):
         self.act5 = act()
         self.pool3 = nn.MaxPool2d(window, stride=2)
 
-        side = (image_size + 2 * padding - 11) // 4 + 1  # conv1: 55 at 224, 15 at 64
+        side = (image_size + 2 * padding + beyond - 11) // 4 + 1  # conv1: 55 at 224, 15 at 64
         for _ in range(3):
             side = (side - window) // 2 + 1  # pools: 27, 13, 6 at 224; 7, 3, 1 at 64
         self.fc6 = nn.Linear(256 * side * side, 4096)
@@ -129,14 +159,16 @@ class AlexNet(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size) or not images.is_floating_point():
             got = f"{tuple(images.shape)} {images.dtype}"
             raise ValueError(f"this net takes float images of shape (N, 3, {size}, {size}), not {got}")
+        late = self.config["order"] == "2012"  # in layers 1 and 5 the ReLU comes late
         # Shapes in brackets are those of 224 x 224 pictures.
-        x = self.norm1(self.act1(self.conv1(images)))  # (N, 96, 55, 55)
-        x = self.pool1(x)  # (N, 96, 27, 27)
-        x = self.norm2(self.act2(self.conv2(x)))  # (N, 256, 27, 27)
+        x = self.conv1(self.pad1(images))  # (N, 96, 55, 55)
+        x = self.act1(self.pool1(self.norm1(x))) if late else self.pool1(self.norm1(self.act1(x)))  # (N, 96, 27, 27)
+        x = self.mapnorm2(self.norm2(self.act2(self.conv2(x))))  # (N, 256, 27, 27)
         x = self.pool2(x)  # (N, 256, 13, 13)
         x = self.act3(self.conv3(x))  # (N, 384, 13, 13)
         x = self.act4(self.conv4(x))  # (N, 384, 13, 13)
-        x = self.pool3(self.act5(self.conv5(x)))  # (N, 256, 6, 6)
+        x = self.conv5(x)  # (N, 256, 13, 13)
+        x = self.act5(self.pool3(x)) if late else self.pool3(self.act5(x))  # (N, 256, 6, 6); the same numbers
         x = x.flatten(1)  # (N, 9216), channel by channel
         x = self.drop6(self.act6(self.fc6(x)))  # (N, 4096)
         return self.drop7(self.act7(self.fc7(x)))  # (N, 4096)
@@ -250,6 +282,20 @@ def _power(d: Tensor, beta: float) -> Tensor:
         return d.pow(-beta)
     root = d.rsqrt()
     return root.sqrt().mul_(root)
+
+
+class MapNorm(nn.Module):
+    """The 2012 code's norm within each map of (N, C, H, W), which the paper leaves out (layers-145.cfg, after LRN 2):
+
+        b = a / (1 + 0.001 / 25 * (sum of a ** 2 over the 5 x 5 window around it in its map)) ** 0.75
+
+    Beyond the map's edge there are zeros. Works in float32 or better; the output has the input's dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = F.avg_pool2d(a * a, 5, stride=1, padding=2, count_include_pad=True)
+        return (a * (1 + 0.001 * mean_square).pow(-0.75)).to(x.dtype)
 
 
 def _check(name: str, value, ok: bool, allowed: str) -> None:

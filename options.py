@@ -13,7 +13,7 @@ from data import UserError, sources
 from data.augment import COLOURS
 from data.cli import Parser, number, whole
 from data.store import Store
-from model import ACTIVATIONS, ORDERS, RECIPES
+from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES
 
 DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5}  # epochs, batch: paper, section 5
 SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
@@ -70,15 +70,24 @@ def make_parser() -> Parser:
     data.add_argument("--colour", choices=COLOURS, default=COLOURS[0],
                       help="colour noise by standard deviations (2012 code) or eigenvalues (paper, section 4.1) "
                       "(default: %(default)s)")
+    data.add_argument("--crop-runs", type=whole(1), default=1, metavar="N",
+                      help="pictures in a row that are cropped and mirrored alike; the 2012 code has 32 "
+                      "(default: %(default)s)")
     data.add_argument("--workers", type=whole(0), default=os.cpu_count(), metavar="N",
                       help="processes that read what does not fit on the device (default: %(default)s)")
 
     net = parser.add_argument_group("net")
     net.add_argument("--columns", type=int, choices=(1, 2), default=1,
                      help="2: the paper's two GPUs in one module (default: %(default)s)")
-    net.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="ReLU, LRN, pooling (default: %(default)s)")
+    net.add_argument("--order", choices=ORDERS, default=ORDERS[0],
+                     help="of ReLU, LRN and pooling; 2012: as in the authors' source, with its padding and its second "
+                     "norm (default: %(default)s)")
     net.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu", help="default: %(default)s")
     net.add_argument("--no-lrn", dest="lrn", action="store_false", help="leave LRN out (paper, section 3.3)")
+    net.add_argument("--lrn-alpha", choices=LRN_ALPHAS, default=LRN_ALPHAS[0],
+                     help="2012: divided by the channels summed, paper: as printed (default: %(default)s)")
+    net.add_argument("--lrn-k", type=number(0), default=LRN_K, metavar="K", help="Caffe has 1 (default: %(default)s)")
+    net.add_argument("--lrn-across", action="store_true", help="LRN's window crosses from column to column (Caffe)")
     net.add_argument("--no-overlap", dest="overlap", action="store_false", help="pool 2x2, not 3x3 (section 3.4)")
     net.add_argument("--no-dropout", dest="dropout", action="store_false", help="leave dropout out (section 4.2)")
 

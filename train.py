@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from data import UserError, sources
+from data import sources
 from data.augment import Augment, epoch_tables
 from data.cli import run_script, shown
 from data.loader import Loader
 from data.pack import named_store
 from data.progress import Progress, duration
 from data.store import Store
-from model import AlexNet
 from options import parse, settle
 from recipe import Schedule, make_optimizer, set_rate
 from run import Run, State, check_finite, checkpoint, load_last, run_folder, save_last, store_mean, total_sums
+from start import build_net
 
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 SAVE_SECONDS = 600  # last.pt is written this often in mid-epoch
@@ -102,7 +102,8 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     """Train to the end of the epoch, or to --max-steps or a signal. Returns this process's sums (loss, top-1 misses)
     on the device, how many images all processes have seen here, and the signal or 0."""
     args, state, share = run.args, run.state, run.args.batch_size // run.world
-    tables = epoch_tables(args.seed, state.epoch, len(train), run.store.size - args.image_size)
+    margin = run.store.size - args.image_size
+    tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs)
     first = state.step - state.epoch * run.steps
     last = run.steps if args.max_steps is None else min(run.steps, args.max_steps - state.epoch * run.steps)
     mine = [tables.order[s * args.batch_size + run.rank * share :][:share] for s in range(first, last)]
@@ -275,47 +276,18 @@ def open_store(args, world: int) -> tuple[Store, str]:
     return named_store(args.dataset, download), warning
 
 
-def build_net(args, store: Store) -> AlexNet:
-    """The net, initialised from --seed or from --init."""
-    try:
-        net = AlexNet(
-            len(store.classes), image_size=args.image_size, columns=args.columns, order=args.order,
-            activation=args.activation, lrn=args.lrn, overlapping_pool=args.overlap, dropout=0.5 if args.dropout else 0,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    utils.seed_all(args.seed)
-    net.init_weights(args.recipe)
-    if args.init and not args.resume:
-        take_weights(net, args.init)
-    return net
-
-
-def take_weights(net: AlexNet, path: str) -> None:
-    """Start from another run's weights; where the class counts differ fc8 stays as initialised."""
-    other = utils.load_checkpoint(path)
-    for option, value in net.config.items():
-        if option not in ("num_classes", "dropout") and other["config"].get(option) != value:
-            raise UserError(f"--init {path}: its {option} is {other['config'].get(option)}, this run's {value}")
-    weights = dict(other["model"])
-    if other["config"]["num_classes"] != net.config["num_classes"]:
-        print(f"{path} has {len(other['classes'])} classes, this net {net.config['num_classes']}: fc8 starts fresh")
-        weights |= {name: value for name, value in net.state_dict().items() if name.startswith("fc8.")}
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"--init {path}: the weights do not fit: {str(error).splitlines()[0]}") from None
-
-
 def describe(run: Run) -> str:
     args, store = run.args, run.store
     machine = utils.environment(run.device)
     columns = "one column" if args.columns == 1 else "two columns"
+    if args.order == "2012":
+        columns += ", in the order of the 2012 code"
+    kind = "torchvision's alexnet (another net than the paper's)" if "net" in run.net.config else f"AlexNet, {columns}"
     count = sum(p.numel() for p in run.net.parameters())
     lines = {
         "data": f"{store.name}: {store.counts['train']:,} training and {store.counts['val']:,} validation pictures, "
         f"{len(store.classes)} classes, {store.size} x {store.size}{' grey' if store.channels == 1 else ''}",
-        "net": f"AlexNet, {columns}, {args.image_size} x {args.image_size} pixels, {count:,} parameters",
+        "net": f"{kind}, {args.image_size} x {args.image_size} pixels, {count:,} parameters",
         "recipe": f"{args.recipe}: batch {args.batch_size}, rate {args.lr:g}, momentum {args.momentum:g}, "
         f"decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
         "device": f"{machine['device']}, {run.world} process{'es' * (run.world > 1)}, {machine['threads']} threads, "

@@ -146,13 +146,26 @@ def _missing(checkpoint) -> list[str]:
     return [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
 
 
-def build_net(checkpoint: dict, path: str | Path) -> AlexNet:
-    """The net of a checkpoint with its weights."""
+def build_net(checkpoint: dict, path: str | Path) -> torch.nn.Module:
+    """The net of a checkpoint with its weights: AlexNet, or torchvision_net's where it was converted from there."""
     try:
-        net = AlexNet(**checkpoint["config"])
+        config = checkpoint["config"]
+        net = torchvision_net(config) if "net" in config else AlexNet(**config)
         net.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: the weights do not fit the net: {str(error).splitlines()[0]}") from None
+    return net
+
+
+def torchvision_net(config: dict) -> torch.nn.Module:
+    """torchvision's alexnet, another net than the paper's, for the config of checkpoints/convert.py. Takes this
+    project's input if 1 / (255 deviation) is folded into its first weights. Raises ValueError for other configs."""
+    if config.get("net") != "torchvision" or set(config) != {"net", "num_classes", "image_size"}:
+        raise ValueError(f"unknown net {config}")
+    from torchvision.models import alexnet
+
+    net = alexnet(num_classes=config["num_classes"])
+    net.config = dict(config)
     return net
 
 
@@ -168,7 +181,7 @@ def load_model(path: str | Path, device="cpu"):
 
     def prepare(pictures, ten_crop: bool = False):
         pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
-        stored = np.stack([to_square(p, size, mean.shape[2]) for p in pictures])
+        stored = np.stack([to_square(p, size, mean.shape[2], checkpoint["resize"]) for p in pictures])
         images = torch.from_numpy(stored).to(device)
         return list(augment.ten_crop(images)) if ten_crop else augment.center(images)
 

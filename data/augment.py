@@ -25,16 +25,23 @@ class EpochTables:
     colour: np.ndarray
 
 
-def epoch_tables(seed: int, epoch: int, count: int, margin: int) -> EpochTables:
-    """Tables for `count` samples; crop offsets are uniform over 0..margin, both ends included."""
+def epoch_tables(seed: int, epoch: int, count: int, margin: int, crop_runs: int = 1) -> EpochTables:
+    """Tables for `count` samples; crop offsets are uniform over 0..margin, both ends included. crop_runs: so many
+    samples in a row, in the order of training, have the same offsets and mirroring (2012 code: 32)."""
 
     def stream(number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, number]))
 
+    order = stream(0).permutation(count)
+    offsets = stream(1).integers(0, margin, size=(count, 2), endpoint=True)
+    mirror = stream(2).random(count) < 0.5
+    if crop_runs > 1:
+        runs = np.arange(count) // crop_runs
+        offsets[order], mirror[order] = offsets[runs], mirror[runs]
     return EpochTables(
-        order=stream(0).permutation(count),
-        offsets=stream(1).integers(0, margin, size=(count, 2), endpoint=True),
-        mirror=stream(2).random(count) < 0.5,
+        order=order,
+        offsets=offsets,
+        mirror=mirror,
         colour=stream(3).standard_normal((count, 3), dtype=np.float32),
     )
 

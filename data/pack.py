@@ -122,7 +122,7 @@ def _write(source, building: Path, size: int, codec: str, workers: int, shards: 
     moments = Moments(shape)
     manifest = {
         "format": FORMAT, "name": source.name, "classes": source.classes, "image_size": size,
-        "channels": source.channels, "codec": codec, "resize": "shorter side, antialiased bilinear, centre",
+        "channels": source.channels, "codec": codec, "resize": sources.SHORTER_SIDE,
         "shards": {}, "skipped": [],
     }
     with _pool(workers) as pool:

@@ -21,6 +21,8 @@ DOWNLOADS = Path(__file__).parent / "downloads"
 SAMPLE = Path(__file__).parent / "sample" / "fashion-mnist-sample.h5"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+# How a picture becomes a square: in stores, and as Caffe's users did it before packing.
+SHORTER_SIDE, WARPED = "shorter side, antialiased bilinear, centre", "warped, antialiased bilinear"
 VALIDATION = 5000  # training images that a named small set gives up for validation
 VALIDATION_SEED = 2012
 PROBE_SECONDS = 5
@@ -50,9 +52,12 @@ class Source:
     channels: int
 
 
-def to_square(picture: Path | np.ndarray | Image.Image, size: int, channels: int = 3) -> np.ndarray:
+def to_square(
+    picture: Path | np.ndarray | Image.Image, size: int, channels: int = 3, resize: str = SHORTER_SIDE
+) -> np.ndarray:
     """A picture as (size, size, channels) uint8: the shorter side resized to `size`, antialiased (Pillow's bilinear
     filter), and the centre kept (paper, section 2). The one way into a store and into a net, `channels` 1 or 3.
+    resize: WARPED instead squeezes the whole picture into the square, as Caffe's users did; for converted nets only.
 
     Raises UserError for a file that cannot be read as a picture.
     """
@@ -68,7 +73,8 @@ def to_square(picture: Path | np.ndarray | Image.Image, size: int, channels: int
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     # Pillow's box: pixels beside the square still count where the filter reaches over its edge.
-    square = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    box = None if resize == WARPED else (left, top, left + side, top + side)
+    square = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(square).reshape(size, size, channels)
 
 

@@ -29,6 +29,7 @@ from data.pack import named_store
 from data.progress import Progress
 from recipe import make_optimizer
 from run import store_mean
+from start import build_net
 
 # Every choice's values, train.py's first.
 CHOICES = {
@@ -76,33 +77,41 @@ def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: fl
     stop_below, or a loss is not finite."""
     net = build(args, store, cell).to(device, memory_format=torch.channels_last)
     optimizer = optimizer_of(net, args, cell)
+    scale = deviation(store) if cell["pixels"] == "divided" else 1.0
+    losses, outputs = [], {}
+    with Progress(f"seed {args.seed} {' '.join(map(str, cell.values()))}", args.max_steps, "steps") as progress:
+        for pictures, labels in batches(args, store, loader, device):
+            if not losses:
+                outputs = layer_outputs(net, pictures / scale)
+                utils.seed_all(args.seed, 1, 0)  # the first step's own masks
+            loss, _ = train.train_step(net, optimizer, pictures / scale, labels, args.precision)
+            losses.append(loss.item())
+            progress.update(1, f"loss {losses[-1]:.3f}")
+            if not math.isfinite(losses[-1]) or sum(losses[-WINDOW:]) < stop_below * min(WINDOW, len(losses)):
+                break
+    return losses, outputs
+
+
+def batches(args, store, loader: Loader, device):
+    """The inputs (n, 3, S, S) and labels (n,) of train.py's first --max-steps steps, torch's generator at each step's
+    own seed."""
     inputs = Augment(
         args.image_size, store_mean(args, store), mirror=args.mirror, colour=args.colour, pca=store.manifest["pca"],
         device=device,
     )
-    scale = deviation(store) if cell["pixels"] == "divided" else 1.0
-    losses, outputs, an_epoch, batch = [], {}, len(loader) // args.batch_size, args.batch_size
-    with Progress(f"seed {args.seed} {' '.join(map(str, cell.values()))}", args.max_steps, "steps") as progress:
-        while len(losses) < args.max_steps:
-            tables = epoch_tables(args.seed, len(losses) // an_epoch, len(loader), store.size - args.image_size)
-            plan = [tables.order[s * batch :][:batch] for s in range(min(an_epoch, args.max_steps - len(losses)))]
-            for samples, (images, labels) in zip(plan, loader.batches(plan), strict=True):
-                utils.seed_all(args.seed, len(losses) + 1, 0)
-                pictures = inputs.train(images, tables, samples) / scale
-                if not losses:
-                    outputs = layer_outputs(net, pictures)
-                    utils.seed_all(args.seed, 1, 0)  # the first step's own masks
-                loss, _ = train.train_step(net, optimizer, pictures, labels, args.precision)
-                losses.append(loss.item())
-                progress.update(1, f"loss {losses[-1]:.3f}")
-                if not math.isfinite(losses[-1]) or sum(losses[-WINDOW:]) < stop_below * min(WINDOW, len(losses)):
-                    return losses, outputs
-    return losses, outputs
+    step, an_epoch, batch = 0, len(loader) // args.batch_size, args.batch_size
+    while step < args.max_steps:
+        tables = epoch_tables(args.seed, step // an_epoch, len(loader), store.size - args.image_size, args.crop_runs)
+        plan = [tables.order[s * batch :][:batch] for s in range(min(an_epoch, args.max_steps - step))]
+        for samples, (images, labels) in zip(plan, loader.batches(plan), strict=True):
+            step += 1
+            utils.seed_all(args.seed, step, 0)
+            yield inputs.train(images, tables, samples), labels
 
 
 def build(args, store, cell: dict) -> nn.Module:
     """train.py's net with the cell's dropout and initialisation."""
-    net = train.build_net(args, store)
+    net = build_net(args, store)
     if cell["dropout"] == "inverted":
         net.drop6, net.drop7 = nn.Dropout(0.5), nn.Dropout(0.5)
     utils.seed_all(args.seed)
@@ -226,7 +235,8 @@ def draw(entries: list[dict], path: Path) -> None:
         axes.axhline(math.log(entries[0]["classes"]), color="0.4", ls=":", lw=1)
         axes.set(title=f"{names[pixels]}, {names[dropout]}", ylim=(0, 4))
         axes.grid(alpha=0.3)
-        axes.legend(title="initialisation", fontsize=8, title_fontsize=8, loc="lower left")
+        if len(axes.lines) > 1:
+            axes.legend(title="initialisation", fontsize=8, title_fontsize=8, loc="lower left")
     for axes in panels[1]:
         axes.set_xlabel("step")
     for axes in panels[:, 0]:

@@ -20,13 +20,15 @@ ALLOWED = {
     "utils": {"model", "data"},
     "options": {"model", "data", "utils"},
     "run": {"model", "data", "utils", "recipe"},
-    "train": {"model", "data", "utils", "options", "recipe", "run"},
+    "start": {"model", "data", "utils"},
+    "train": {"model", "data", "utils", "options", "recipe", "run", "start"},
+    "checkpoints": {"model", "data", "utils"},
     "test": {"model", "data", "utils"},
     "hubconf": {"model", "utils"},
-    "studies": {"model", "data", "utils", "options", "recipe", "run", "train", "test", "studies"},
+    "studies": {"model", "data", "utils", "options", "recipe", "run", "start", "train", "test", "studies"},
     "benchmarks": {"model", "data", "utils", "options", "recipe", "train", "benchmarks"},
 }
-HEAVY = {"matplotlib", "cv2", "h5py", "lmdb", "torchvision", "scipy"}
+HEAVY = {"matplotlib", "cv2", "h5py", "lmdb", "torchvision", "scipy", "google"}
 
 
 def part(path: Path) -> str:
