@@ -1,4 +1,5 @@
-"""model.py against the paper's tables, torch's own LRN, a plain loop and finite differences."""
+"""model.py against the paper's tables, the sources' nets written out in numpy, torch's own LRN and finite
+differences."""
 
 import itertools
 import re
@@ -6,12 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
+import numpy_layers as ref
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model
-from model import AlexNet, Dropout, LocalResponseNorm
+from model import AlexNet, Dropout, LocalResponseNorm, MapNorm
 
 # Side of each layer's output; channels are the paper's everywhere.
 SIDES = {
@@ -26,8 +29,9 @@ CHANNELS["pool3"] = CHANNELS["conv5"]
 @pytest.mark.parametrize("size", SIDES)
 @pytest.mark.parametrize("columns", [1, 2])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_every_layer_has_the_papers_shape(size, columns, overlap):
-    net = AlexNet(10, image_size=size, columns=columns, overlapping_pool=overlap).eval()
+@pytest.mark.parametrize("order", model.ORDERS)
+def test_every_layer_has_the_papers_shape(size, columns, overlap, order):
+    net = AlexNet(10, image_size=size, columns=columns, overlapping_pool=overlap, order=order).eval()
     seen = {}
     for name, layer in net.named_children():
         layer.register_forward_hook(lambda _l, _i, out, name=name: seen.update({name: tuple(out.shape)}))
@@ -40,7 +44,10 @@ def test_every_layer_has_the_papers_shape(size, columns, overlap):
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 62_378_344), ({"columns": 2}, 60_965_224), ({"image_size": 227}, 62_378_344)],
+    [
+        ({}, 62_378_344), ({"columns": 2}, 60_965_224), ({"image_size": 227}, 62_378_344),
+        ({"columns": 2, "order": "2012"}, 60_965_224),
+    ],
 )
 def test_parameter_counts(options, count):
     assert sum(p.numel() for p in AlexNet(**options).parameters()) == count
@@ -59,7 +66,8 @@ def test_layer_table_of_the_docstring_adds_up():
     "options",
     [
         {"image_size": 62}, {"image_size": "64"}, {"columns": 3}, {"columns": 0}, {"order": "caffe"},
-        {"activation": "gelu"}, {"dropout": 1.0}, {"dropout": -0.1}, {"num_classes": 0},
+        {"activation": "gelu"}, {"dropout": 1.0}, {"dropout": -0.1}, {"num_classes": 0}, {"lrn_alpha": "caffe"},
+        {"lrn_k": 0}, {"image_size": 63, "order": "2012"},
     ],
 )
 def test_a_wrong_option_is_named(options):
@@ -195,6 +203,85 @@ def test_two_columns_are_two_nets_wired_by_hand():
     torch.testing.assert_close(net(x), by_hand, rtol=1e-10, atol=1e-10)
 
 
+def layers_145(net: AlexNet, picture: np.ndarray, beyond: int) -> np.ndarray:
+    """Logits of the 2012 code's net (layers-145.cfg), each column a net of its own, in float64 by numpy."""
+
+    def part(layer, column):
+        return layer.weight.detach().chunk(2)[column].numpy(), layer.bias.detach().chunk(2)[column].numpy()
+
+    def whole(layer):
+        return layer.weight.detach().numpy(), layer.bias.detach().numpy()
+
+    columns = []
+    for column in (0, 1):
+        x = ref.convolution(picture, *part(net.conv1, column), stride=4, pad=((0, beyond), (0, beyond)))
+        x = ref.relu(ref.max_pool(ref.lrn(x)))
+        x = ref.relu(ref.convolution(x, *part(net.conv2, column), pad=2))
+        columns.append(ref.max_pool(ref.map_norm(ref.lrn(x))))
+    both, columns = np.concatenate(columns), []
+    for column in (0, 1):
+        x = ref.relu(ref.convolution(both, *part(net.conv3, column), pad=1))
+        x = ref.relu(ref.convolution(x, *part(net.conv4, column), pad=1))
+        columns.append(ref.relu(ref.max_pool(ref.convolution(x, *part(net.conv5, column), pad=1))))
+    x = np.concatenate(columns).ravel()
+    for layer in (net.fc6, net.fc7):
+        weight, bias = whole(layer)
+        x = 0.5 * ref.relu(weight @ x + bias)
+    weight, bias = whole(net.fc8)
+    return weight @ x + bias
+
+
+@pytest.mark.parametrize(("size", "beyond"), [(64, 3), (66, 1), (67, 0)])
+def test_the_2012_net_is_the_authors(size, beyond):
+    """Against the forward pass of layers-145.cfg written out; the zeros beyond the right and lower edge are as many as
+    the last of ceil((size - 11) / 4) + 1 windows needs. Weights large enough for the norms to matter."""
+    torch.manual_seed(0)
+    net = AlexNet(5, image_size=size, columns=2, order="2012").double().eval()
+    for layer in (net.conv1, net.conv2):
+        torch.nn.init.normal_(layer.weight, 0, 0.1)
+    pictures = 60 * torch.randn(2, 3, size, size, dtype=torch.float64)
+    by_hand = np.stack([layers_145(net, picture.numpy(), beyond) for picture in pictures])
+    np.testing.assert_allclose(net(pictures).detach().numpy(), by_hand, rtol=1e-9, atol=1e-12)
+    other = AlexNet(5, image_size=size, columns=2).double().eval()
+    other.load_state_dict(net.state_dict())
+    assert not np.allclose(other(pictures).detach().numpy(), by_hand, rtol=0.01)
+
+
+def test_224_with_rounding_up_is_227_with_zeros():
+    torch.manual_seed(0)
+    net, larger = (AlexNet(4, image_size=size, columns=2, order="2012").eval() for size in (224, 227))
+    larger.load_state_dict(net.state_dict())
+    pictures = 60 * torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(net(pictures), larger(F.pad(pictures, (0, 3, 0, 3))), rtol=0, atol=0)
+    assert not torch.equal(net(pictures), larger(F.pad(pictures, (2, 1, 2, 1))))
+
+
+def test_map_norm_under_autocast_computes_in_float32():
+    a = (100 * torch.randn(2, 4, 6, 7)).bfloat16()
+    out = MapNorm()(a)
+    assert out.dtype == torch.bfloat16
+    exact = np.stack([ref.map_norm(picture) for picture in a.double().numpy()])
+    np.testing.assert_allclose(out.double().numpy(), exact, rtol=2**-8)
+    assert torch.autograd.gradcheck(MapNorm(), (20 * torch.randn(1, 2, 6, 5, dtype=torch.float64)).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha", "k", "across"),
+    [
+        ({}, 1e-4 / 5, 2.0, False), ({"lrn_alpha": "paper"}, 1e-4, 2.0, False), ({"lrn_k": 1}, 1e-4 / 5, 1.0, False),
+        ({"lrn_across": True}, 1e-4 / 5, 2.0, True),
+    ],
+)
+def test_lrns_options_reach_both_norms(options, alpha, k, across):
+    """alpha as the paper prints it or divided by n; k; windows that stay in a column or cross into the other."""
+    net = AlexNet(3, image_size=64, columns=2, **options)
+    for norm, channels in ((net.norm1, 96), (net.norm2, 256)):
+        a = 200 * torch.randn(1, channels, 3, 3, dtype=torch.float64)
+        parts = [a[0].numpy()] if across else np.split(a[0].numpy(), 2)
+        by_hand = np.concatenate([ref.lrn(part, k=k, alpha=alpha) for part in parts])
+        np.testing.assert_allclose(norm(a)[0].numpy(), by_hand, rtol=1e-12)
+
+
 @pytest.mark.parametrize("recipe", ["2012", "paper"])
 def test_initialisation_is_the_sources(recipe):
     torch.manual_seed(0)
@@ -222,12 +309,13 @@ def test_options_build_a_net_that_learns(name):
 
 
 def test_config_rebuilds_the_net():
-    net = AlexNet(7, image_size=96, columns=2, activation="tanh", lrn=False, overlapping_pool=False, dropout=0.25)
-    again = AlexNet(**net.config)
-    again.load_state_dict(net.state_dict())
-    x = torch.randn(1, 3, 96, 96)
-    assert torch.equal(net.eval()(x), again.eval()(x))
-    assert torch.equal(net(x), net.fc8(net.features(x)))
+    for more in ({"activation": "tanh", "lrn": False}, {"order": "2012", "lrn_k": 1.0, "lrn_alpha": "paper"}):
+        net = AlexNet(7, image_size=96, columns=2, overlapping_pool=False, dropout=0.25, **more)
+        again = AlexNet(**net.config)
+        again.load_state_dict(net.state_dict())
+        x = 50 * torch.randn(1, 3, 96, 96)
+        assert torch.equal(net.eval()(x), again.eval()(x))
+        assert torch.equal(net(x), net.fc8(net.features(x)))
 
 
 def test_copied_alone_it_works(tmp_path):

@@ -1,0 +1,320 @@
+"""checkpoints/convert.py on files that the tests write by hand: Caffe's by its published field numbers, torchvision's
+with random weights. Damaged and foreign files end in one line."""
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import numpy_layers as ref
+import pytest
+import torch
+import torchvision
+from conftest import small_source
+from helpers import ROOT, load, resume, run
+from PIL import Image
+
+import test
+import utils
+from checkpoints import convert
+from data import UserError, pack
+
+SHAPES = {
+    "conv1": (96, 3, 11, 11), "conv2": (256, 48, 5, 5), "conv3": (384, 256, 3, 3), "conv4": (384, 192, 3, 3),
+    "conv5": (256, 192, 3, 3), "fc6": (4096, 9216), "fc7": (4096, 4096), "fc8": (7, 4096),
+}
+ORDER = ("conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+# ------------------------------------------------------------------------------- a .caffemodel, byte by byte
+
+
+def number(value: int) -> bytes:
+    """A varint: seven bits a byte, the lowest first."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def field(index: int, content: bytes | int | float) -> bytes:
+    if isinstance(content, int):
+        return number(index << 3) + number(content)
+    if isinstance(content, float):
+        return number(index << 3 | 5) + struct.pack("<f", content)
+    return number(index << 3 | 2) + number(len(content)) + content
+
+
+def blob(array: np.ndarray, old: bool) -> bytes:
+    """BlobProto: num 1, channels 2, height 3, width 4 (old), or shape 7 with dim 1; data 5, packed."""
+    if old:
+        sides = (1,) * (4 - array.ndim) + array.shape
+        shape = b"".join(field(index, side) for index, side in enumerate(sides, 1))
+    else:
+        shape = field(7, field(1, b"".join(map(number, array.shape))))
+    return shape + field(5, array.astype("<f4").tobytes())
+
+
+def layer(name: str, arrays=(), old=True, norm: bytes = b"") -> bytes:
+    """V1LayerParameter (name 4, blobs 6, lrn_param 18) or LayerParameter (1, 7, 118)."""
+    indices = (4, 6, 18) if old else (1, 7, 118)
+    content = field(indices[0], name.encode())
+    content += b"".join(field(indices[1], blob(array, old)) for array in arrays)
+    return content + (field(indices[2], norm) if norm else b"")
+
+
+def lrn(k: float | None = None, alpha: float = 1e-4) -> bytes:
+    """LRNParameter: local_size 1, alpha 2, beta 3, k 5."""
+    return field(1, 5) + field(2, alpha) + field(3, 0.75) + (field(5, k) if k else b"")
+
+
+def random_weights(seed=0) -> dict[str, list[np.ndarray]]:
+    """Weights that keep the signal's size, and biases."""
+    rng, weights = np.random.default_rng(seed), {}
+    for name, shape in SHAPES.items():
+        deviation = (2 / np.prod(shape[1:])) ** 0.5
+        values = [rng.standard_normal(shape, np.float32) * np.float32(deviation)]
+        weights[name] = [*values, rng.standard_normal(shape[0], np.float32)]
+    return weights
+
+
+def write_net(path, weights, old=True, order=ORDER, norm=None):
+    """NetParameter: layers 2 (old) or layer 100."""
+    norm = lrn() if norm is None else norm
+    with open(path, "wb") as file:
+        file.write(field(1, b"AlexNet"))
+        for name in order:
+            content = layer(name, weights.get(name, ()), old, norm if name.startswith("norm") else b"")
+            file.write(field(2 if old else 100, content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights()
+
+
+@pytest.fixture(scope="module")
+def caffe_file(weights, tmp_path_factory):
+    return write_net(tmp_path_factory.mktemp("caffe") / "bvlc_alexnet.caffemodel", weights)
+
+
+@pytest.fixture(scope="module")
+def converted(caffe_file):
+    out = caffe_file.with_name("caffe.pt")
+    convert.main([str(caffe_file), str(out)])
+    return out
+
+
+def caffes_forward(weights, picture: np.ndarray) -> np.ndarray:
+    """bvlc_alexnet's deploy.prototxt in numpy: picture (3, 227, 227) in blue, green, red minus the mean; logits.
+    group 2 halves the channels; LRN goes across all of them with k 1; pooling rounds up, which 55, 27 and 13 do not
+    need; dropout does nothing in testing."""
+
+    def grouped(x, name):
+        weight, bias = weights[name]
+        halves = zip(np.split(x, 2), np.split(weight, 2), np.split(bias, 2), strict=True)
+        return np.concatenate([ref.convolution(*half, pad=weight.shape[2] // 2) for half in halves])
+
+    x = ref.relu(ref.convolution(picture, *weights["conv1"], stride=4))
+    x = ref.max_pool(ref.lrn(x, k=1.0))
+    x = ref.max_pool(ref.lrn(ref.relu(grouped(x, "conv2")), k=1.0))
+    x = ref.relu(ref.convolution(x, *weights["conv3"], pad=1))
+    x = ref.relu(grouped(x, "conv4"))
+    x = ref.max_pool(ref.relu(grouped(x, "conv5"))).ravel()
+    for name in ("fc6", "fc7"):
+        x = ref.relu(weights[name][0] @ x + weights[name][1])
+    return weights["fc8"][0] @ x + weights["fc8"][1]
+
+
+# ------------------------------------------------------------------------------- Caffe
+
+
+def test_caffes_logits(weights, converted):
+    """A picture through load_model equals Caffe's layer definitions in numpy: warped to 256, blue first, means 104,
+    117, 123 subtracted, centre 227."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), np.uint8)).resize((400, 300))
+    model, prepare = utils.load_model(converted)
+    with torch.no_grad():
+        ours = model(prepare(picture))[0].numpy()
+    pixels = np.asarray(picture.resize((256, 256), Image.Resampling.BILINEAR)).astype(float)[14:241, 14:241]
+    blue_first = pixels[:, :, ::-1] - (104, 117, 123)
+    by_hand = caffes_forward(weights, blue_first.transpose(2, 0, 1))
+    assert np.abs(ours - by_hand).max() < 1e-4 * np.abs(by_hand).max()
+    assert by_hand.std() > 1
+
+
+def test_the_new_form_and_a_mean_picture(weights, converted, tmp_path, capsys):
+    """LayerParameter gives the weights of V1LayerParameter; mean files turn to red, green, blue, (256, 256, 3)."""
+    mean = np.random.default_rng(2).uniform(90, 130, (3, 256, 256)).astype(np.float32)
+    (tmp_path / "mean.binaryproto").write_bytes(blob(mean, old=True))
+    np.save(tmp_path / "mean.npy", mean)
+    file = write_net(tmp_path / "new.caffemodel", weights, old=False)
+    before = load(converted)["model"]
+    for name in ("mean.binaryproto", "mean.npy"):
+        convert.main([str(file), str(tmp_path / "new.pt"), "--mean", str(tmp_path / name)])
+        new = load(tmp_path / "new.pt")
+        assert all(torch.equal(new["model"][key], before[key]) for key in before)
+        assert np.array_equal(new["mean"].numpy(), mean[::-1].transpose(1, 2, 0))
+    printed = capsys.readouterr().out
+    assert "Caffe's AlexNet" in printed
+    assert "7 classes" in printed
+
+
+def test_k_is_the_files(weights, tmp_path):
+    file = write_net(tmp_path / "k.caffemodel", weights, norm=lrn(k=2.0))
+    convert.main([str(file), str(tmp_path / "k.pt")])
+    assert load(tmp_path / "k.pt")["config"]["lrn_k"] == 2.0
+
+
+def test_what_is_not_bvlc_alexnet_is_refused(weights, tmp_path):
+    """CaffeNet has the same weights' shapes but pools first; other norms, shapes and missing layers are named."""
+    swapped = ("conv1", "pool1", "norm1", "conv2", "pool2", "norm2", *ORDER[6:])
+    odd = weights | {"conv3": [weights["conv3"][0][:, :100], weights["conv3"][1]]}
+    cases = {
+        "CaffeNet": write_net(tmp_path / "a", weights, order=swapped),
+        "norm1 is not": write_net(tmp_path / "b", weights, norm=lrn(alpha=1.0)),
+        r"conv3.weight is \(384, 100, 3, 3\)": write_net(tmp_path / "c", odd),
+        "no layer fc7": write_net(tmp_path / "d", weights, order=[n for n in ORDER if n != "fc7"]),
+        "conv2 has 1 blobs": write_net(tmp_path / "e", weights | {"conv2": weights["conv2"][:1]}),
+        "not finite": write_net(tmp_path / "f", weights | {"fc8": [weights["fc8"][0] * np.nan, weights["fc8"][1]]}),
+    }
+    for message, file in cases.items():
+        with pytest.raises(UserError, match=message):
+            convert.main([str(file), str(tmp_path / "out.pt")])
+    assert not (tmp_path / "out.pt").exists()
+
+
+# ------------------------------------------------------------------------------- torchvision
+
+
+@pytest.fixture(scope="module")
+def torchvision_file(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("torchvision") / "alexnet.pth"
+    net = torchvision.models.alexnet(num_classes=4)
+    for weight in net.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.kaiming_normal_(weight)  # logits that differ from picture to picture
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def from_torchvision(torchvision_file):
+    out = torchvision_file.with_name("converted.pt")
+    convert.main([str(torchvision_file), str(out)])
+    return out
+
+
+def test_torchvisions_logits(torchvision_file, from_torchvision):
+    """The same picture through torchvision's own transforms and net, and through load_model. At 256 x 256 pixels, since
+    the two resizes round differently."""
+    net = torchvision.models.alexnet(num_classes=4).eval()
+    net.load_state_dict(torch.load(torchvision_file, weights_only=True))
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)).resize((256, 256))
+    transforms = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.transforms()
+    model, prepare = utils.load_model(from_torchvision)
+    with torch.no_grad():
+        theirs, ours = net(transforms(picture)[None]), model(prepare(picture))
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert theirs.std() > 0.1
+
+
+def test_test_py_and_init_take_it(from_torchvision, tmp_path, capsys):
+    """test.py on a store of 256 pixels; train.py --init goes on with torchvision's net, as what it is, and resumes."""
+    source = small_source(counts=(16, 4, 4))
+    source.size = 256
+    store = pack.pack(source, tmp_path / "store")
+    capsys.readouterr()
+    test.main([str(from_torchvision), "--data", str(store.path), "--json"])
+    assert json.loads(capsys.readouterr().out)["images"] == 4
+    run(store, tmp_path / "run", "--init", from_torchvision, "--max-steps", 1, "--lr", 1e-12, batch=8)
+    assert "torchvision's alexnet (another net than the paper's)" in capsys.readouterr().out
+    start, before = load(tmp_path / "run" / "last.pt"), load(from_torchvision)
+    assert start["config"] == before["config"]
+    assert all(torch.allclose(start["model"][name], before["model"][name], atol=1e-6) for name in before["model"])
+    assert resume(tmp_path / "run", "--max-steps", 2) == 0
+    assert load(tmp_path / "run" / "last.pt")["step"] == 2
+    with pytest.raises(UserError, match="has no option columns"):
+        run(store, tmp_path / "two", "--init", from_torchvision, "--columns", 2, batch=8)
+
+
+def test_torchvision_fetches_or_says_why_not(monkeypatch, tmp_path, torchvision_file):
+    state = torch.load(torchvision_file, weights_only=True)
+    weights = torchvision.models.AlexNet_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda *a, **k: state)
+    convert.main(["torchvision", str(tmp_path / "t.pt")])
+    assert load(tmp_path / "t.pt")["config"] == {"net": "torchvision", "num_classes": 4, "image_size": 224}
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(weights, "get_state_dict", offline)
+    with pytest.raises(UserError, match="could not fetch"):
+        convert.main(["torchvision", str(tmp_path / "u.pt")])
+    monkeypatch.setattr(weights, "get_state_dict", lambda *a, **k: state)
+    with pytest.raises(UserError, match="--mean goes with Caffe"):
+        convert.main(["torchvision", str(tmp_path / "u.pt"), "--mean", "x"])
+
+
+# ------------------------------------------------------------------------------- damaged and foreign files
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_bad_files_end_in_one_line_and_run_nothing(caffe_file, torchvision_file, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = torchvision_file.read_bytes()
+    state = torch.load(torchvision_file, weights_only=True)
+    torch.save({"features.0.weight": Evil()}, "evil.pth")
+    with open("evil.pickle", "wb") as file:
+        pickle.dump(Evil(), file, protocol=2)
+    torch.save({k: v for k, v in state.items() if k != "classifier.6.bias"}, "short.pth")
+    torch.save(state | {"classifier.6.weight": torch.zeros(1, 4096).expand(10**7, 4096)}, "huge.pth")
+    torch.save([1, 2], "list.pth")
+    contents = {
+        "empty": b"", "cut.pth": whole[: len(whole) // 2], "cut.caffemodel": caffe_file.read_bytes()[:1_000_000],
+        "text": b"hello, this is no net\n" * 50, "zeros": bytes(5000), "png": b"\x89PNG\r\n\x1a\n" + bytes(300),
+        "zip": b"PK\x03\x04" + bytes(300),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = [*contents, "evil.pth", "evil.pickle", "short.pth", "huge.pth", "list.pth", str(run_folder / "best.pt"),
+             "missing", str(tmp_path)]
+    for name in files:
+        with pytest.raises(UserError) as error:
+            convert.main([name, "out.pt"])
+        assert "\n" not in str(error.value), name
+    assert not (tmp_path / "out.pt").exists()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(100), b"\x93NUMPY"])
+@pytest.mark.parametrize("suffix", [".npy", ".binaryproto"])
+def test_bad_means_are_named(caffe_file, tmp_path, content, suffix):
+    mean = tmp_path / f"mean{suffix}"
+    mean.write_bytes(content)
+    with pytest.raises(UserError, match="mean"):
+        convert.read_mean(str(mean))
+
+
+def test_exit_status_and_overwriting(torchvision_file, tmp_path):
+    """From the command line: 2 and one line; the file to convert is not overwritten, an older result is."""
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "checkpoints.convert", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    for arguments in (("missing.pth", tmp_path / "x.pt"), (torchvision_file, torchvision_file)):
+        done = start(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith("error: ")
+    (tmp_path / "x.pt").write_text("old")
+    assert start(torchvision_file, tmp_path / "x.pt").returncode == 0
+    assert load(tmp_path / "x.pt")["config"]["net"] == "torchvision"
