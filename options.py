@@ -13,7 +13,7 @@ from data import UserError, sources
 from data.augment import COLOURS
 from data.cli import Parser, number, whole
 from data.store import Store
-from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES
+from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES, SMALLEST
 
 DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5}  # epochs, batch: paper, section 5
 SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
@@ -130,7 +130,7 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.image_size is None:
-        args.image_size = max(63, math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
+        args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:
         raise UserError(f"--image-size {args.image_size}: {store.path} has {store.size} x {store.size} pictures")
     if args.precision == "auto":

@@ -176,6 +176,11 @@ def check_fit(paths: list[Path], checkpoints: list[dict], store: Store) -> None:
             )
         if checkpoint["classes"] != store.classes:
             print(f"warning: the class names of {path} and {shown(store.path)} differ", file=sys.stderr)
+        if checkpoint["resize"] != store.manifest["resize"]:
+            print(
+                f"warning: {path} was trained on pictures made square otherwise ({checkpoint['resize']}) than those of "
+                f"{shown(store.path)} ({store.manifest['resize']})", file=sys.stderr,
+            )
         if checkpoint["store_size"] != store.size:
             raise UserError(
                 f"{path} was trained on pictures of {checkpoint['store_size']} pixels, {shown(store.path)} has "

@@ -139,6 +139,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not set(CHECKPOINT_KEYS) <= set(checkpoint):
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(_missing(checkpoint))}")
+    if not isinstance(checkpoint["config"], dict) or not isinstance(checkpoint["model"], dict):
+        raise UserError(f"{path} is no checkpoint of this project: its config or its weights are no dict")
     return checkpoint
 
 

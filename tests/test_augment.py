@@ -74,6 +74,20 @@ def test_tables_depend_on_seed_and_epoch_alone():
     assert np.array_equal(np.sort(first.order), np.arange(500))
 
 
+def test_runs_of_pictures_are_cropped_and_mirrored_alike():
+    """The 2012 code: 32 pictures in a row, in the order of training, share offsets and mirroring; the colour noise
+    stays each picture's own. A run of 1 is what there is without the option."""
+    tables, single = epoch_tables(1, 2, 100, 32, crop_runs=32), epoch_tables(1, 2, 100, 32)
+    assert np.array_equal(tables.order, single.order)
+    assert np.array_equal(tables.colour, single.colour)
+    runs = [tables.order[i : i + 32] for i in range(0, 100, 32)]
+    assert all(len(np.unique(tables.offsets[run], axis=0)) == len(set(tables.mirror[run])) == 1 for run in runs)
+    assert len({tuple(tables.offsets[run[0]]) for run in runs}) == len(runs) == 4
+    assert np.array_equal(epoch_tables(1, 2, 100, 32, crop_runs=1).offsets, single.offsets)
+    counts = np.bincount(epoch_tables(0, 0, 320_000, 32, crop_runs=32).offsets[:, 0], minlength=33)
+    assert counts.min() > 0
+
+
 def test_mean_images_centre_is_subtracted_from_every_crop():
     """Wherever the crop lies (2012 code), and from mirrored crops unmirrored."""
     images, mean = pictures(6, (72, 72, 3)), np.random.default_rng(1).random((72, 72, 3)).astype(np.float32) * 255

@@ -230,7 +230,9 @@ def test_test_py_and_init_take_it(from_torchvision, tmp_path, capsys):
     store = pack.pack(source, tmp_path / "store")
     capsys.readouterr()
     test.main([str(from_torchvision), "--data", str(store.path), "--json"])
-    assert json.loads(capsys.readouterr().out)["images"] == 4
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"] == 4
+    assert "made square" not in printed.err
     run(store, tmp_path / "run", "--init", from_torchvision, "--max-steps", 1, "--lr", 1e-12, batch=8)
     assert "torchvision's alexnet (another net than the paper's)" in capsys.readouterr().out
     start, before = load(tmp_path / "run" / "last.pt"), load(from_torchvision)

@@ -3,11 +3,14 @@
 import subprocess
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_source
 from helpers import ROOT, command, load, run
 
+import options
+import train
 from data import UserError, pack
 
 
@@ -27,6 +30,10 @@ from data import UserError, pack
         (["--image-size", "62"], "--image-size"),
         (["--image-size", "73"], "--image-size 73: .* has 72 x 72"),
         (["--activation", "swish"], "--activation"),
+        (["--lrn-k", "0"], "--lrn-k: 0 is not a number above 0"),
+        (["--lrn-alpha", "caffe"], "--lrn-alpha"),
+        (["--crop-runs", "0"], "--crop-runs: 0 is not"),
+        (["--order", "2012", "--image-size", "63"], "image_size must be 64 pixels or more, not 63"),
         (["--init", "nowhere.pt"], r"nowhere.pt: no such checkpoint"),
         (["--resume"], "nothing to resume"),
         (["--frobnicate"], "--frobnicate"),
@@ -72,3 +79,27 @@ def test_every_option_trains(store, tmp_path):
     content = load(tmp_path / "run" / "best.pt")
     assert content["mean"].shape == (1, 1, 3)
     assert content["config"]["columns"] == 2
+
+
+def test_the_sources_options_reach_the_net_and_the_crops(store, tmp_path, monkeypatch):
+    """--order, --lrn-alpha, --lrn-k, --lrn-across and --crop-runs, with LRN on."""
+    seen = []
+    real = train.epoch_tables
+    monkeypatch.setattr(train, "epoch_tables", lambda *a: seen.append(real(*a)) or seen[-1])
+    run(
+        store, tmp_path / "run", "--max-steps", 1, "--columns", 2, "--order", "2012", "--lrn-alpha", "paper", "--lrn-k",
+        1, "--lrn-across", "--crop-runs", 32,
+    )
+    config = load(tmp_path / "run" / "best.pt")["config"]
+    wanted = {"columns": 2, "order": "2012", "lrn_alpha": "paper", "lrn_k": 1.0, "lrn_across": True}
+    assert {name: config[name] for name in wanted} == wanted
+    assert len(np.unique(seen[0].offsets[seen[0].order[:32]], axis=0)) == 1
+
+
+def test_the_defaults_are_the_papers():
+    """Section 5: batches of 128, momentum 0.9, decay 0.0005, rate 0.01, roughly 90 cycles."""
+    args = options.make_parser().parse_args([])
+    assert (args.momentum, args.weight_decay, args.lr, args.lrn_k) == (0.9, 0.0005, 0.01, 2.0)
+    assert (options.DEFAULTS["batch_size"], options.DEFAULTS["epochs"]) == (128, 90)
+    assert (args.columns, args.order, args.activation, args.recipe, args.crop_runs) == (1, "paper", "relu", "2012", 1)
+    assert all((args.lrn, args.overlap, args.dropout, args.mirror))

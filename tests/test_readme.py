@@ -20,11 +20,13 @@ README = (ROOT / "README.md").read_text()
 SETUP = "pip install -r requirements.txt && "
 PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
-    "benchmarks.lrn": "benchmarks.lrn",
+    "studies.ablations": "studies.ablations", "benchmarks.lrn": "benchmarks.lrn",
+    "checkpoints.convert": "checkpoints.convert",
 }
 
 
-GUIDES = [*ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")]
+REPRODUCTION = (ROOT / "REPRODUCTION.md").read_text()
+GUIDES = [ROOT / "REPRODUCTION.md", *ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")]
 
 
 def fenced(language: str) -> list[str]:
@@ -134,6 +136,29 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if not target.startswith("http"):
                 assert (folder / target).exists(), target
+
+
+def test_reproduction_names_code_options_and_tests_that_exist():
+    """Every table row that names code names a test, too; each name is found where it is said to be."""
+    rows = [line for line in REPRODUCTION.splitlines() if line.startswith("|") and "test_" in line]
+    assert len(rows) > 35
+    for row in rows:
+        cell = row.split("|")[-2]
+        where, tests = cell.split(";") if ";" in cell else ("", cell)
+        for file, name in re.findall(r"`([\w/]+\.py)` (\w+)", where):
+            assert re.search(rf"^(?:def |class |    def )?{name}\b", (ROOT / file).read_text(), re.M), f"{file} {name}"
+        file = "test_model.py"
+        for word in re.findall(r"test_\w+(?:\.py)?", tests):
+            if word.endswith(".py"):
+                file = word
+            else:
+                assert f"def {word}(" in (ROOT / "tests" / file).read_text(), f"{file} {word}"
+    known = {option for script in PARSERS.values() for option in options_of(script)}
+    assert set(re.findall(r"`(?:test\.py )?(--[\w-]+)", REPRODUCTION)) <= known
+
+
+def options_of(module: str) -> list[str]:
+    return list(importlib.import_module(module).make_parser()._option_string_actions)
 
 
 def test_the_file_map_is_complete():

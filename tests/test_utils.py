@@ -6,6 +6,7 @@ import pickle
 import re
 
 import numpy as np
+import numpy_layers as ref
 import pytest
 import torch
 from PIL import Image
@@ -53,6 +54,30 @@ def test_evaluate_averages_softmax_outputs(store, ten_crop):
     sums = utils.evaluate([(n, inputs) for n in nets], Loader(store, "val"), ten_crop=ten_crop, batch_size=8)
     assert sums[0].item() == pytest.approx(-np.log(mean[np.arange(21), labels]).sum(), rel=1e-5)
     assert sums[1].item() == (mean.argmax(1) != labels.numpy()).sum()
+
+
+def test_ten_crops_by_pil_and_numpy(store):
+    """The paper's test (section 4.1) without this project's crops: PIL crops and flips, the mean image's centre
+    subtracted, numpy's softmax averaged over the ten."""
+    net = AlexNet(4, image_size=64, lrn=False).eval()
+    torch.nn.init.normal_(net.fc8.weight, 0, 0.3)
+    images, _ = store.split("val").read(np.arange(5))
+    by_hand = []
+    for pixels in images:
+        outputs, mean = [], store.mean[4:68, 4:68].astype(np.float64)
+        for left, top in ((0, 0), (8, 0), (0, 8), (8, 8), (4, 4)):
+            crop = Image.fromarray(pixels).crop((left, top, left + 64, top + 64))
+            for view in (crop, crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
+                inputs = torch.from_numpy((np.asarray(view) - mean).transpose(2, 0, 1)).float()[None]
+                with torch.no_grad():
+                    outputs.append(ref.softmax(net(inputs)[0].double().numpy()))
+        by_hand.append(np.mean(outputs, 0))
+    seen = []
+    utils.evaluate(
+        [(net, Augment(64, store.mean))], Loader(store, "val"), ten_crop=True, batch_size=5,
+        each_batch=lambda _indices, probabilities, _labels: seen.append(probabilities),
+    )
+    np.testing.assert_allclose(seen[0].numpy(), by_hand, rtol=1e-4)
 
 
 def test_shards_of_an_evaluation_add_up(store):
