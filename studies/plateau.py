@@ -213,36 +213,57 @@ def mean_loss(runs: list[dict], step: int) -> str:
 
 
 def draw(entries: list[dict], path: Path) -> None:
-    """The loss over steps: a panel for each choice of pixels and dropout, a colour for each initialisation, a line for
-    each run."""
+    """The loss over steps, a panel for each choice of pixels and dropout; and when the plateau is left, over how much
+    of fc6's output at the start is due to the picture. A colour for each initialisation, a line or mark a run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    panels = figure.subplot_mosaic("ABE;CDE", width_ratios=(1, 1, 1.3))
     names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / deviation",
-             "paper": "dropout as the paper's", "inverted": "inverted dropout"}
-    rows, columns = CHOICES["pixels"], CHOICES["dropout"]
-    for (row, pixels), (column, dropout) in itertools.product(enumerate(rows), enumerate(columns)):
-        axes = panels[row, column]
-        for colour, init in enumerate(CHOICES["init"]):
-            runs = [e for e in entries if (e["pixels"], e["dropout"], e["init"]) == (pixels, dropout, init)]
-            for i, e in enumerate(runs):
-                steps = [EVERY * (k + 1) for k in range(len(e["losses"]))]
-                losses = [math.nan if loss is None else loss for loss in e["losses"]]
-                axes.plot(steps, losses, color=f"C{colour}", lw=1, alpha=0.8, label=None if i else init)
+             "paper": "the paper's dropout", "inverted": "inverted dropout"}
+    for letter, (pixels, dropout) in zip("ABCD", itertools.product(CHOICES["pixels"], CHOICES["dropout"]), strict=True):
+        axes = panels[letter]
+        runs = [e for e in entries if (e["pixels"], e["dropout"]) == (pixels, dropout)]
+        draw_losses(axes, runs)
         axes.axhline(math.log(entries[0]["classes"]), color="0.4", ls=":", lw=1)
-        axes.set(title=f"{names[pixels]}, {names[dropout]}", ylim=(0, 4))
+        axes.set(title=f"{names[pixels]}, {names[dropout]}", ylim=(0, 4), xlim=(0, entries[0]["steps"]))
+        axes.set(xlabel="step", ylabel="training loss (dotted: guessing)")
+    draw_signal(panels["E"], entries)
+    for axes in panels.values():
         axes.grid(alpha=0.3)
-        if len(axes.lines) > 1:
-            axes.legend(title="initialisation", fontsize=8, title_fontsize=8, loc="lower left")
-    for axes in panels[1]:
-        axes.set_xlabel("step")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("training loss (dotted: guessing)")
     with utils.replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=100)
+
+
+def draw_losses(axes, runs: list[dict]) -> None:
+    for colour, init in enumerate(CHOICES["init"]):
+        for i, e in enumerate(run for run in runs if run["init"] == init):
+            steps = [EVERY * (k + 1) for k in range(len(e["losses"]))]
+            losses = [math.nan if loss is None else loss for loss in e["losses"]]
+            axes.plot(steps, losses, color=f"C{colour}", lw=1, alpha=0.8, label=None if i else init)
+    if axes.lines:
+        axes.legend(title="initialisation", fontsize=8, title_fontsize=8, loc="upper right", ncols=2)
+
+
+def draw_signal(axes, entries: list[dict]) -> None:
+    """Runs that stayed on the plateau stand at the top edge, runs that diverged as crosses at the bottom."""
+    limit = entries[0]["steps"]
+    for e in entries:
+        signal = e["outputs"]["fc6"][2]
+        mark = {"marker": "o" if e["dropout"] == "paper" else "^", "color": f"C{CHOICES['init'].index(e['init'])}"}
+        if not e["finite"]:
+            axes.plot(signal, 10, **mark | {"marker": "x"})
+        else:
+            axes.plot(signal, e["left"] or 1.2 * limit, **mark, fillstyle="full" if e["left"] else "none")
+    axes.axhline(limit, color="0.4", ls=":", lw=1)
+    axes.set(xscale="log", yscale="log", ylim=(8, 1.5 * limit), ylabel="step at which the plateau is left",
+             xlabel="fc6 at the start: deviation over pictures of a unit's output",
+             title="circles: the paper's dropout, triangles: inverted\nhollow: not left, cross: diverged")
+    for init, name in enumerate(CHOICES["init"]):
+        axes.plot([], [], "s", color=f"C{init}", label=name)
+    axes.legend(title="initialisation", fontsize=8, title_fontsize=8, loc="lower left")
 
 
 def make_parser() -> Parser:
