@@ -44,7 +44,7 @@ def test_plateau_cells_are_what_they_say(store):
     options.settle(args, store, torch.device("cpu"), world=1)
     default = {name: values[0] for name, values in plateau.CHOICES.items()}
     deviations = {"2012": (0.01, 0.01), "paper": (0.01, 0.01), "pytorch": ((3 * 363) ** -0.5, 0.01),
-                  "kaiming": ((2 / 363) ** 0.5, (2 / 4096) ** 0.5)}
+                  "kaiming": ((2 / 363) ** 0.5, (2 / 4096) ** 0.5), "louder": (0.01 * plateau.deviation(store), 0.01)}
     for init, (conv1, fc7) in deviations.items():
         net = plateau.build(args, store, default | {"init": init, "dropout": "inverted"})
         assert net.conv1.weight.std().item() == pytest.approx(conv1, rel=0.05)
