@@ -110,7 +110,8 @@ class AlexNet(nn.Module):
             alpha = LRN_ALPHA if lrn_alpha == "2012" else LRN_ALPHA * LRN_SIZE  # undoes the division
             return LocalResponseNorm(1 if lrn_across else columns, alpha=alpha, k=lrn_k) if lrn else nn.Identity()
 
-        self.pad1 = nn.ZeroPad2d((0, beyond, 0, beyond)) if beyond else nn.Identity()
+        if order == "2012":
+            self.pad1 = nn.ZeroPad2d((0, beyond, 0, beyond))
         self.conv1 = nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=padding)
         self.act1 = act()
         self.norm1 = norm()
@@ -118,7 +119,8 @@ class AlexNet(nn.Module):
         self.conv2 = nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=columns)
         self.act2 = act()
         self.norm2 = norm()
-        self.mapnorm2 = MapNorm() if lrn and order == "2012" else nn.Identity()
+        if order == "2012":
+            self.mapnorm2 = MapNorm() if lrn else nn.Identity()
         self.pool2 = nn.MaxPool2d(window, stride=2)
         self.conv3 = nn.Conv2d(256, 384, kernel_size=3, padding=1)  # sees both columns
         self.act3 = act()
@@ -159,12 +161,12 @@ class AlexNet(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size) or not images.is_floating_point():
             got = f"{tuple(images.shape)} {images.dtype}"
             raise ValueError(f"this net takes float images of shape (N, 3, {size}, {size}), not {got}")
-        late = self.config["order"] == "2012"  # in layers 1 and 5 the ReLU comes late
+        late = self.config["order"] == "2012"  # the ReLU comes late in layers 1 and 5
         # Shapes in brackets are those of 224 x 224 pictures.
-        x = self.conv1(self.pad1(images))  # (N, 96, 55, 55)
+        x = self.conv1(self.pad1(images) if late else images)  # (N, 96, 55, 55)
         x = self.act1(self.pool1(self.norm1(x))) if late else self.pool1(self.norm1(self.act1(x)))  # (N, 96, 27, 27)
-        x = self.mapnorm2(self.norm2(self.act2(self.conv2(x))))  # (N, 256, 27, 27)
-        x = self.pool2(x)  # (N, 256, 13, 13)
+        x = self.norm2(self.act2(self.conv2(x)))  # (N, 256, 27, 27)
+        x = self.pool2(self.mapnorm2(x) if late else x)  # (N, 256, 13, 13)
         x = self.act3(self.conv3(x))  # (N, 384, 13, 13)
         x = self.act4(self.conv4(x))  # (N, 384, 13, 13)
         x = self.conv5(x)  # (N, 256, 13, 13)

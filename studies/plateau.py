@@ -184,16 +184,17 @@ def summary(losses: list[float], classes: int) -> dict:
 
 
 def table(entries: list[dict]) -> str:
-    """A Markdown table: a row for each cell; when each of its seeds left the plateau, and the mean loss over seeds
-    of the WINDOW steps up to each of a few steps."""
+    """A Markdown table: a row for each cell; how much of fc6's output is due to the picture at the start (mean over
+    seeds), when each seed left the plateau, and the mean loss over seeds of the WINDOW steps up to a few steps."""
     steps = list(range(50, max(e["steps"] for e in entries) + 1, 50))
-    head = ["pixels", "dropout", "initialisation", "bias rate", "bias decay", "leaves at step"]
+    head = ["pixels", "dropout", "initialisation", "bias rate", "bias decay", "signal in fc6", "left at step"]
     lines = [f"| {' | '.join(head + [f'loss at {s}' for s in steps])} |", "|---" * (len(head) + len(steps)) + "|"]
     for cell, runs in by_cell(entries).items():
-        left = ", ".join(str(e["left"] or ("not by " + str(e["steps"]) if e["finite"] else "diverged")) for e in runs)
+        left = ", ".join(str(e["left"] or ("-" if e["finite"] else "diverged")) for e in runs)
+        signal = f"{sum(e['outputs']['fc6'][2] for e in runs) / len(runs):.2g}"
         losses = [mean_loss(runs, step) for step in steps]
         pixels, dropout, init, rate, decay = cell
-        lines.append(f"| {' | '.join([pixels, dropout, init, f'{rate}x', decay, left, *losses])} |")
+        lines.append(f"| {' | '.join([pixels, dropout, init, f'{rate}x', decay, signal, left, *losses])} |")
     return "\n".join(lines)
 
 
@@ -230,7 +231,8 @@ def draw(entries: list[dict], path: Path) -> None:
         runs = [e for e in entries if (e["pixels"], e["dropout"]) == (pixels, dropout)]
         draw_losses(axes, runs)
         axes.axhline(math.log(entries[0]["classes"]), color="0.4", ls=":", lw=1)
-        axes.set(title=f"{names[pixels]}, {names[dropout]}", ylim=(0, 4), xlim=(0, entries[0]["steps"]))
+        axes.set_title(f"{names[pixels]}, {names[dropout]}", fontsize=10)
+        axes.set(ylim=(0, 4), xlim=(0, entries[0]["steps"]))
         axes.set(xlabel="step", ylabel="training loss (dotted: guessing)")
     draw_signal(panels["E"], entries)
     for axes in panels.values():

@@ -90,8 +90,9 @@ def test_runs_of_pictures_are_cropped_and_mirrored_alike():
 
 def test_mean_images_centre_is_subtracted_from_every_crop():
     """Wherever the crop lies (2012 code), and from mirrored crops unmirrored."""
-    images, mean = pictures(6, (72, 72, 3)), np.random.default_rng(1).random((72, 72, 3)).astype(np.float32) * 255
-    tables, samples = epoch_tables(0, 0, 6, 8), np.arange(6)
+    images, mean = pictures(20, (72, 72, 3)), np.random.default_rng(1).random((72, 72, 3)).astype(np.float32) * 255
+    tables, samples = epoch_tables(0, 0, 20, 8), np.arange(20)
+    assert 0 < tables.mirror.sum() < 20
     ours = Augment(64, mean).train(torch.from_numpy(images), tables, samples)
     theirs = by_pil(images, tables.offsets, tables.mirror, 64) - mean[4:68, 4:68]
     assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), theirs)
@@ -116,6 +117,10 @@ def test_colour_noise_is_the_sources(colour):
     images, tables, samples = pictures(8, (72, 72, 3)), epoch_tables(5, 0, 8, 8), np.arange(8)
     ours = Augment(64, np.zeros((1, 1, 3)), colour=colour, pca=PCA).train(torch.from_numpy(images), tables, samples)
     crops = by_pil(images, tables.offsets, tables.mirror, 64).astype(np.float64)
+    augment, plain = Augment(64, np.zeros((1, 1, 3)), colour=colour, pca=PCA), Augment(64, np.zeros((1, 1, 3)))
+    tests = zip(augment.ten_crop(torch.from_numpy(images)), plain.ten_crop(torch.from_numpy(images)), strict=True)
+    assert all(torch.equal(one, other) for one, other in tests)  # neither noise nor the division in testing
+    assert torch.equal(augment.center(torch.from_numpy(images)), plain.center(torch.from_numpy(images)))
     values, vectors = np.array(PCA["eigenvalues"]), np.array(PCA["eigenvectors"])  # one vector a row
     scale = np.sqrt(values) if colour == "2012" else values / 255**2 * 255
     for row in range(8):

@@ -40,6 +40,18 @@ def test_every_layer_has_the_papers_shape(size, columns, overlap, order):
     expected |= {"norm1": expected["conv1"], "norm2": expected["conv2"]}
     expected |= {"fc6": (2, 4096), "fc7": (2, 4096), "fc8": (2, 10)}
     assert {name: seen[name] for name in expected} == expected
+    assert isinstance(net.norm1, LocalResponseNorm)
+    assert isinstance(net.norm2, LocalResponseNorm)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_pools_are_3x3_or_2x2(overlap):
+    """Paper, section 3.4: windows of 3 with stride 2, or of 2 with stride 2."""
+    net, window = AlexNet(3, image_size=64, overlapping_pool=overlap), 3 if overlap else 2
+    maps = torch.randn(1, 2, 15, 15)
+    for pool in (net.pool1, net.pool2, net.pool3):
+        by_hand = np.stack([ref.max_pool(maps[0].numpy(), window, 2)])
+        np.testing.assert_array_equal(pool(maps).numpy(), by_hand)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +175,13 @@ def test_lrn_under_autocast_computes_in_float32(dtype):
 
 def test_dropout_is_not_rescaled():
     """Paper, section 4.2: training gives 0 or x, testing x * 0.5."""
-    x = torch.full((1000, 100), 3.0)
+    x = torch.full((1000, 100), 3.0, requires_grad=True)
     out = Dropout(0.5).train()(x)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad, (out != 0).float())  # what is dropped learns nothing
+    out = out.detach()
+    assert (out == 0).float().std(0).min() > 0.4  # a mask of its own for each picture and unit
+    assert (out == 0).float().std(1).min() > 0.3
     assert set(out.unique().tolist()) == {0.0, 3.0}
     assert abs((out == 0).float().mean().item() - 0.5) < 0.01
     assert torch.equal(Dropout(0.5).eval()(x), x * 0.5)
@@ -269,12 +286,12 @@ def test_map_norm_under_autocast_computes_in_float32():
     ("options", "alpha", "k", "across"),
     [
         ({}, 1e-4 / 5, 2.0, False), ({"lrn_alpha": "paper"}, 1e-4, 2.0, False), ({"lrn_k": 1}, 1e-4 / 5, 1.0, False),
-        ({"lrn_across": True}, 1e-4 / 5, 2.0, True),
+        ({"lrn_across": True}, 1e-4 / 5, 2.0, True), ({"columns": 1}, 1e-4 / 5, 2.0, True),
     ],
 )
 def test_lrns_options_reach_both_norms(options, alpha, k, across):
     """alpha as the paper prints it or divided by n; k; windows that stay in a column or cross into the other."""
-    net = AlexNet(3, image_size=64, columns=2, **options)
+    net = AlexNet(3, image_size=64, **{"columns": 2} | options)
     for norm, channels in ((net.norm1, 96), (net.norm2, 256)):
         a = 200 * torch.randn(1, channels, 3, 3, dtype=torch.float64)
         parts = [a[0].numpy()] if across else np.split(a[0].numpy(), 2)
@@ -292,6 +309,8 @@ def test_initialisation_is_the_sources(recipe):
             wide = recipe == "2012" and name in ("conv3", "conv4", "conv5")
             assert layer.weight.std().item() == pytest.approx(0.03 if wide else 0.01, rel=0.03), name
             assert abs(layer.weight.mean().item()) < 0.001
+            far = (layer.weight.abs() > 2 * layer.weight.std()).float().mean().item()
+            assert far == pytest.approx(0.0455, abs=0.006), name  # a normal distribution's share
             ones = name in ("conv2", "conv4", "conv5", "fc6", "fc7")
             assert (layer.bias == (1.0 if ones else 0.0)).all(), name
     with pytest.raises(ValueError, match="2012 or paper"):
@@ -303,6 +322,11 @@ def test_options_build_a_net_that_learns(name):
     """Each activation, without LRN, overlap and dropout: the gradient reaches every parameter."""
     for lrn, overlap, dropout in itertools.product((True, False), (True, False), (0.5, 0)):
         net = AlexNet(3, image_size=64, activation=name, lrn=lrn, overlapping_pool=overlap, dropout=dropout)
+        acts = [layer for layer_name, layer in net.named_children() if layer_name.startswith("act")]
+        assert len(acts) == 7
+        assert all(type(act) is type(model.ACTIVATIONS[name]()) for act in acts)
+        assert isinstance(net.norm1, LocalResponseNorm) == isinstance(net.norm2, LocalResponseNorm) == lrn
+        assert net.drop6.p == net.drop7.p == dropout
         F.cross_entropy(net(30 * torch.randn(2, 3, 64, 64)), torch.tensor([0, 2])).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
         assert net.conv1.weight.grad.abs().sum() > 0

@@ -69,8 +69,11 @@ def test_a_store_of_the_smallest_sizes_trains(tmp_path, size):
     assert load(tmp_path / "run" / "best.pt")["image_size"] == 63
 
 
-def test_every_option_trains(store, tmp_path):
-    """One step with everything switched from its default."""
+def test_every_option_trains(store, tmp_path, monkeypatch):
+    """One step with everything switched from its default, all of which arrive."""
+    seen = []
+    real = train.Augment
+    monkeypatch.setattr(train, "Augment", lambda *a, **more: seen.append(more) or real(*a, **more))
     run(
         store, tmp_path / "run", "--max-steps", 1, "--mean", "channel", "--no-mirror", "--colour", "paper",
         "--columns", 2, "--activation", "tanh", "--no-lrn", "--no-overlap", "--no-dropout", "--recipe", "paper",
@@ -78,7 +81,12 @@ def test_every_option_trains(store, tmp_path):
     )
     content = load(tmp_path / "run" / "best.pt")
     assert content["mean"].shape == (1, 1, 3)
-    assert content["config"]["columns"] == 2
+    wanted = {"columns": 2, "activation": "tanh", "lrn": False, "overlapping_pool": False, "dropout": 0}
+    assert {name: content["config"][name] for name in wanted} == wanted
+    assert (seen[0]["mirror"], seen[0]["colour"]) == (False, "paper")
+    (group,) = load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"]) == (0, 5e-4)
+    assert content["model"]["conv3.weight"].std().item() == pytest.approx(0.01, rel=0.02)
 
 
 def test_the_sources_options_reach_the_net_and_the_crops(store, tmp_path, monkeypatch):
@@ -102,4 +110,11 @@ def test_the_defaults_are_the_papers():
     assert (args.momentum, args.weight_decay, args.lr, args.lrn_k) == (0.9, 0.0005, 0.01, 2.0)
     assert (options.DEFAULTS["batch_size"], options.DEFAULTS["epochs"]) == (128, 90)
     assert (args.columns, args.order, args.activation, args.recipe, args.crop_runs) == (1, "paper", "relu", "2012", 1)
+    assert (args.mean, args.colour, args.lrn_alpha, options.DEFAULTS["patience"]) == ("image", "2012", "2012", 5)
     assert all((args.lrn, args.overlap, args.dropout, args.mirror))
+    assert not args.lrn_across
+    for stored, size in ((256, 224), (72, 64)):
+        args = options.make_parser().parse_args(["--batch-size", "2"])
+        a_store = types.SimpleNamespace(name="x", size=stored, path="x", counts={"train": 2, "val": 2})
+        options.settle(args, a_store, torch.device("cpu"), 1)
+        assert args.image_size == size

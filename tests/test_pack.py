@@ -1,5 +1,6 @@
 """data/pack.py: what a store holds, whatever packed it."""
 
+import io
 import json
 import os
 import subprocess
@@ -74,6 +75,9 @@ def test_jpeg_records_are_the_pictures_at_quality_90(jpeg_store, store):
     assert np.array_equal(labels, exact_labels)
     difference = np.abs(ours.astype(int) - exact)
     assert 0 < difference.mean() < 3  # smooth pictures: lossy, but channels are not swapped
+    by_pillow = io.BytesIO()
+    Image.fromarray(exact[0]).save(by_pillow, "JPEG", quality=90)
+    assert np.array_equal(ours[0], np.asarray(Image.open(by_pillow)))
 
 
 def test_a_tree_of_pictures(tree, tmp_path):

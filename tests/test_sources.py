@@ -40,6 +40,19 @@ def test_resize_is_shorter_side_and_centre(width_height):
     assert np.abs(ours - np.asarray(theirs)).mean() < 1.5
 
 
+def test_a_tree_is_stored_at_256_as_jpeg(tree):
+    source = sources.find(str(tree))
+    assert (source.size, source.codec) == (256, "jpeg")
+
+
+def test_a_warped_picture_keeps_its_edges():
+    """What Caffe's users did: the whole picture squeezed into the square."""
+    picture = Image.fromarray(pictures(1, (60, 100, 3))[0])
+    by_pil = np.asarray(picture.resize((72, 72), Image.Resampling.BILINEAR))
+    assert np.array_equal(sources.to_square(picture, 72, resize=sources.WARPED), by_pil)
+    assert not np.array_equal(sources.to_square(picture, 72), by_pil)
+
+
 def test_resize_of_a_square_picture_is_pils():
     picture = Image.fromarray(pictures(1, (200, 200, 3))[0])
     assert np.array_equal(sources.to_square(picture, 72), np.asarray(picture.resize((72, 72), Image.BILINEAR)))

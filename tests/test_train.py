@@ -57,11 +57,16 @@ def test_the_loop_is_the_one_written_out_here(store, ten_steps):
 
 
 def test_learning_rate_drops_reach_the_optimiser(store, tmp_path, monkeypatch):
-    """Validation that never improves: patience 1 gives four rates, then the run ends by itself."""
+    """Validation that never improves: patience 1 gives four rates, then the run ends by itself. set_rate, which keeps
+    the update the paper's over a drop, is what sets them."""
+    seen = []
+    real = train.set_rate
+    monkeypatch.setattr(train, "set_rate", lambda optimizer, lr: seen.append(lr) or real(optimizer, lr))
     monkeypatch.setattr(utils, "evaluate", lambda *_, **__: torch.tensor([1.0, 10.0, 0.0], dtype=torch.float64))
     run(store, tmp_path / "run", "--patience", 1, batch=96)
     rates = [e["lr"] for e in utils.read_log(tmp_path / "run" / "log.jsonl")]
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.0001, 0.00001])
+    assert seen == pytest.approx([0.01, 0.001, 0.0001, 0.00001, 0.00001])
     groups = load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     assert [g["lr"] for g in groups] == pytest.approx([0.00001, 0.00002])
 
