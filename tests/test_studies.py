@@ -139,11 +139,11 @@ def test_ablations_race_of_relu_and_tanh(store, tmp_path, monkeypatch, capsys):
     assert [(e["activation"], e["lr"]) for e in lines] == [
         ("relu", 0.01), ("relu", 0.001), ("tanh", 0.01), ("tanh", 0.001)
     ]
-    assert all(len(e["errors"]) == 4 or e["errors"][-1] < 25 for e in lines)
+    assert all(len(e["errors"]) == 4 or e["errors"][-1] < 25 or e["limit"] < 8 for e in lines)
     assert [net.config["activation"] for _, net in nets] == ["relu"] * 2 + ["tanh"] * 2
     assert all((net.config["dropout"], run.mirror, run.colour) == (0, False, "off") for run, net in nets)
     assert decays == [0.0] * 4
-    assert "25% training error without regularisation: relu at rate" in capsys.readouterr().out
+    assert "25% training error, no regularisation but random crops: relu at rate" in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 5_000
 
 
