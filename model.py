@@ -92,7 +92,7 @@ class AlexNet(nn.Module):
         _check("activation", activation, activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
         _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
         _check("lrn_alpha", lrn_alpha, lrn_alpha in LRN_ALPHAS, " or ".join(LRN_ALPHAS))
-        _check("lrn_k", lrn_k, lrn_k > 0, "above 0")
+        _check("lrn_k", lrn_k, isinstance(lrn_k, int | float) and 0 < lrn_k < float("inf"), "a number above 0")
         # What rebuilds this net: checkpoints keep it beside the weights.
         self.config = {
             "num_classes": num_classes, "image_size": image_size, "columns": columns, "order": order,

@@ -41,9 +41,9 @@ def check_options(net: AlexNet, other: dict, path: str) -> None:
     for option, value in net.config.items():
         if option not in ("num_classes", "dropout") and theirs.get(option) != value:
             flag = {"lrn": "no-lrn", "overlapping_pool": "no-overlap"}.get(option, option.replace("_", "-"))
-            needed.append(f"{option} {theirs.get(option)} (here {value}; --{flag})")
+            needed.append(f"{option} is {theirs.get(option)}, here {value} (see --{flag})")
     if needed:
-        raise UserError(f"--init {path}: its net has {', '.join(needed)}")
+        raise UserError(f"--init {path} is a net of other options: {'; '.join(needed)}")
 
 
 def torchvision_net(args, store: Store, other: dict) -> torch.nn.Module:
@@ -74,4 +74,4 @@ def take_weights(net: torch.nn.Module, other: dict, path: str) -> None:
     try:
         net.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"--init {path}: the weights do not fit: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--init {path}: the weights do not fit: {utils.one_line(error)}") from None

@@ -42,8 +42,8 @@ def main(argv=None) -> int:
     checkpoints = [utils.load_checkpoint(path, device) for path in paths]
     store = open_store(args, checkpoints[0])
     split = args.split or ("test" if store.counts.get("test") else "val")
-    check_fit(paths, checkpoints, store)
     members = [member(checkpoint, path, device) for checkpoint, path in zip(checkpoints, paths, strict=True)]
+    check_fit(paths, checkpoints, store)
 
     loader = Loader(store, split, device, workers=os.cpu_count() or 1)
     records = Records(store.classes)

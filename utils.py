@@ -19,7 +19,7 @@ from torch import Tensor
 from data import UserError
 from data.augment import Augment
 from data.loader import Loader
-from data.sources import to_square
+from data.sources import SHORTER_SIDE, WARPED, to_square
 from data.store import sync_folder
 from model import AlexNet
 
@@ -104,8 +104,11 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 @contextmanager
 def replacing(path: Path):
-    """A binary file to write that takes the place of `path` once it is whole and on the disk. Where that fails the
-    old file stays and UserError says why."""
+    """A binary file to write that takes the place of `path`, or of what a link there leads to, once it is whole and on
+    the disk. Where that fails, or where there is a device or a folder, what was there stays and UserError says why."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file and is left as it is; name a file")
     beside = path.with_name(f".{path.name}.writing")
     try:
         with open(beside, "wb") as file:
@@ -116,7 +119,7 @@ def replacing(path: Path):
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         beside.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "torch could not write all of it"
         free = shutil.disk_usage(path.parent).free // 1_000_000 if path.parent.exists() else 0
         raise UserError(f"{path} could not be written: {reason}; {free} MB are free there") from None
     except BaseException:
@@ -139,9 +142,31 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not set(CHECKPOINT_KEYS) <= set(checkpoint):
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(_missing(checkpoint))}")
-    if not isinstance(checkpoint["config"], dict) or not isinstance(checkpoint["model"], dict):
-        raise UserError(f"{path} is no checkpoint of this project: its config or its weights are no dict")
+    odd = _odd(checkpoint)
+    if odd:
+        raise UserError(f"{path} is no checkpoint of this project, or was changed: its {odd} cannot be right")
     return checkpoint
+
+
+def _odd(checkpoint: dict) -> str | None:
+    """The first entry of a checkpoint that does not fit the others."""
+    c = checkpoint
+    sides = all(isinstance(c[name], int) and c[name] > 0 for name in ("store_size", "image_size"))
+    count = len(c["classes"]) if isinstance(c["classes"], list) else 0
+    mean = c["mean"]
+    checks = {
+        "model": isinstance(c["model"], dict) and all(isinstance(t, Tensor) for t in c["model"].values()),
+        "config": isinstance(c["config"], dict),
+        "classes": count > 0 and all(isinstance(name, str) for name in c["classes"]),
+        "image_size": sides and c["image_size"] <= c["store_size"],
+        "resize": c["resize"] in (SHORTER_SIDE, WARPED),
+        "store": isinstance(c.get("store", ""), str),
+        "mean": isinstance(mean, Tensor) and mean.is_floating_point() and mean.ndim == 3 and mean.shape[2] in (1, 3)
+        and mean.shape[0] == mean.shape[1] and mean.shape[0] in (1, c["store_size"]) and bool(mean.isfinite().all()),
+    }
+    odd = next((name for name, right in checks.items() if not right), None)
+    agree = odd or (c["config"].get("num_classes"), c["config"].get("image_size")) == (count, c["image_size"])
+    return odd or (None if agree else "config")
 
 
 def _missing(checkpoint) -> list[str]:
@@ -155,8 +180,15 @@ def build_net(checkpoint: dict, path: str | Path) -> torch.nn.Module:
         net = torchvision_net(config) if "net" in config else AlexNet(**config)
         net.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: the weights do not fit the net: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: the weights do not fit the net: {one_line(error)}") from None
+    if not all(parameter.isfinite().all() for parameter in net.parameters()):
+        raise UserError(f"{path} holds weights that are not finite; it is damaged")
     return net
+
+
+def one_line(error: Exception) -> str:
+    """An error's text in one line, cut to 200 characters: torch's go over many."""
+    return " ".join(str(error).split())[:200]
 
 
 def torchvision_net(config: dict) -> torch.nn.Module:

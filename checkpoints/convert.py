@@ -24,6 +24,9 @@ from data.sources import SHORTER_SIDE, WARPED
 from model import AlexNet
 
 CAFFE_OPTIONS = {"columns": 2, "image_size": 227, "lrn_across": True}
+CAFFE_ORDER = (
+    "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8",
+)
 CAFFE_MEAN = (123.0, 117.0, 104.0)  # red, green, blue: what bvlc_alexnet's users subtract where they have no file
 # torchvision's weights were trained on (pixel / 255 - MEAN) / DEVIATION (ImageClassification in its transforms).
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,23 +34,34 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    out, state = Path(args.out), None
-    if args.file != "torchvision" and not Path(args.file).is_file():
-        raise UserError(f"{args.file}: no such file (the word torchvision fetches torchvision's weights)")
-    if out.is_dir() or (out.exists() and args.file != "torchvision" and out.samefile(args.file)):
-        raise UserError(f"{out} is {'a folder' if out.is_dir() else 'the file to convert'}; name a file to write")
-    if args.file == "torchvision":
-        state = fetch()
-    elif Path(args.file).open("rb").read(2) in (b"PK", b"\x80\x02"):  # a zip file, or a pickle: torch's two formats
-        state = read_state(Path(args.file))
-    if state is not None and args.mean:
-        raise UserError("--mean goes with Caffe's weights; torchvision's have a mean of their own")
-    converted = from_torchvision(state, args.file) if state is not None else from_caffe(args.file, args.mean)
+    out = Path(args.out)
+    check_paths(args.file, out)
+    if args.file == "torchvision" or starts_with(args.file, (b"PK", b"\x80")):  # zip or pickle: torch's two formats
+        if args.mean is not None:
+            raise UserError("--mean goes with Caffe's weights; torchvision's have a mean of their own")
+        state = fetch() if args.file == "torchvision" else read_state(Path(args.file))
+        converted = from_torchvision(state, args.file)
+    else:
+        converted = from_caffe(args.file, args.mean)
     check_finite(converted, args.file)
     out.parent.mkdir(parents=True, exist_ok=True)
     utils.save_checkpoint(out, converted)
     print(report(converted, out))
     return 0
+
+
+def check_paths(file: str, out: Path) -> None:
+    if file != "torchvision" and not Path(file).is_file():
+        raise UserError(f"{file}: no such file (the word torchvision fetches torchvision's weights)")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file to write")
+    if out.exists() and file != "torchvision" and out.samefile(file):
+        raise UserError(f"{out} is the file to convert; name another one to write")
+
+
+def starts_with(file: str, beginnings: tuple) -> bool:
+    with open(file, "rb") as content:
+        return content.read(8).startswith(beginnings)
 
 
 def checkpoint(model: dict, config: dict, mean, resize: str) -> dict:
@@ -85,7 +99,7 @@ def report(converted: dict, out: Path) -> str:
     if "net" in config:
         kind = "torchvision's alexnet, not the paper's net: other widths, no LRN, inverted dropout; kept as it is"
     else:
-        kind = "Caffe's AlexNet: two columns, LRN across them with k = 1, 227 x 227 pixels"
+        kind = f"Caffe's AlexNet: two columns, LRN across them with k = {config['lrn_k']:g}, 227 x 227 pixels"
     test = f"python test.py {shown(out)} --data STORE"
     return f"{kind}; {config['num_classes']} classes\nin {shown(out)}\ntest it: {test}"
 
@@ -114,19 +128,28 @@ def read_state(path: Path) -> dict:
         raise UserError(f"{path} is damaged, or no file of torch's ({type(error).__name__})") from None
     if isinstance(content, dict) and set(utils.CHECKPOINT_KEYS) <= set(content):
         raise UserError(f"{path} is a checkpoint of this project already")
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
-        raise UserError(f"{path} holds no state_dict (names and tensors)")
-    return content
+    for name in ("model", "state_dict"):  # as torchvision's script and others save it
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(map(is_plain, content.values())):
+        raise UserError(f"{path} holds no state_dict (names and dense tensors of floating-point numbers)")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}  # DataParallel's prefix
+
+
+def is_plain(tensor) -> bool:
+    """A dense tensor of floats, in memory, with as many numbers as its shape asks for."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    enough = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return enough and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def from_torchvision(state: dict, file: str) -> dict:
     """torchvision's weights, with 1 / (255 DEVIATION) folded into conv1: the net then takes pixels of 0..255 minus
     255 MEAN, as this project's do."""
     last = state.get("classifier.6.weight")
-    config = {"net": "torchvision", "num_classes": len(last) if last is not None and last.ndim else 1,
-              "image_size": 224}
+    count = len(last) if last is not None and last.ndim else 0
+    config = {"net": "torchvision", "num_classes": max(1, count), "image_size": 224}
     with torch.device("meta"):  # names and shapes only
         wanted = utils.torchvision_net(config).state_dict()
     if set(state) != set(wanted):
@@ -134,8 +157,6 @@ def from_torchvision(state: dict, file: str) -> dict:
         raise UserError(f"{file} is not torchvision's alexnet: {', '.join(odd)} missing or unknown")
     for name, tensor in wanted.items():
         check_shape(file, name, state[name].shape, tensor.shape)
-        if state[name].untyped_storage().nbytes() < tensor.numel() * state[name].element_size():
-            raise UserError(f"{file}: {name} has fewer numbers than its shape asks for; the file is damaged")
     state = {name: tensor.float().clone() for name, tensor in state.items()}
     state["features.0.weight"] /= 255 * torch.tensor(DEVIATION)[:, None, None]
     return checkpoint(state, config, (255 * torch.tensor(MEAN)).view(1, 1, 3), SHORTER_SIDE)
@@ -149,11 +170,13 @@ def from_caffe(file: str, mean_file: str | None) -> dict:
     inverted kind, this project's halves what fc6 and fc7 give in testing: fc7 and fc8 get weights twice as large."""
     layers = read_layers(file)
     names = [layer.name for layer in layers]
-    missing = [name for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8") if name not in names]
+    missing = [name for name in CAFFE_ORDER if name not in names]
     if missing:
         raise UserError(f"{file} is no bvlc_alexnet: it has no layer {missing[0]}")
-    if "pool1" in names and "norm1" in names and names.index("pool1") < names.index("norm1"):
+    if names.index("pool1") < names.index("norm1") and names.index("pool2") < names.index("norm2"):
         raise UserError(f"{file} pools before it normalises: this is CaffeNet, not AlexNet, and is not taken")
+    if [name for name in names if name in CAFFE_ORDER] != list(CAFFE_ORDER):
+        raise UserError(f"{file} is no bvlc_alexnet: its layers do not come in the order {', '.join(CAFFE_ORDER)}")
     ends = [layer for layer in layers if layer.name == "fc8"]
     count = read_blob(ends[-1].blobs[1], file, "fc8's bias").size if len(ends[-1].blobs) == 2 else 1
     with torch.device("meta"):  # names and shapes only
@@ -169,7 +192,8 @@ def from_caffe(file: str, mean_file: str | None) -> dict:
             array = read_blob(blob, file, f"{name}.{part}")
             shape = tuple(getattr(layer, part).shape)
             check_shape(file, f"{name}.{part}", (1,) * (len(shape) - array.ndim) + array.shape, shape)
-            model[f"{name}.{part}"] = torch.from_numpy(array.astype(np.float32).reshape(shape))
+            with np.errstate(over="ignore"):  # too large for float32: infinite, which is refused below
+                model[f"{name}.{part}"] = torch.from_numpy(array.astype(np.float32).reshape(shape))
     model["conv1.weight"] = model["conv1.weight"].flip(1).contiguous()
     for name in ("fc7.weight", "fc8.weight"):
         model[name] = 2 * model[name]
@@ -185,7 +209,7 @@ def norm_k(layers, file: str) -> float:
         if (lrn.local_size, round(lrn.alpha, 9), round(lrn.beta, 6)) != (5, 1e-4, 0.75) or lrn.norm_region:
             raise UserError(f"{file}: {layer.name} is not bvlc_alexnet's LRN (5 channels, alpha 1e-4, beta 0.75)")
     ks = {layer.lrn_param.k for layer in norms} or {1.0}
-    if len(ks) > 1 or min(ks) <= 0:
+    if len(ks) > 1 or not 0 < min(ks) < math.inf:
         raise UserError(f"{file}: its LRN layers have k = {' and '.join(map(str, sorted(ks)))}, not one k above 0")
     return ks.pop()
 
@@ -207,25 +231,30 @@ def read_mean(file: str) -> torch.Tensor:
     if Path(file).suffix == ".npy":
         try:
             array = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"--mean {file} cannot be read: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # numpy's reader raises nearly anything on damaged files
+            raise UserError(f"--mean {file} cannot be read: {utils.one_line(error)}") from None
+        array = array if isinstance(array, np.ndarray) else np.array(0)  # a .npz in disguise
     else:
         array = read_blob(caffe_message("BlobProto", file), file, "the mean")
-    array = array.reshape(array.shape[-3:])
-    if array.shape != (3, 256, 256) or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise UserError(f"--mean {file} holds no mean picture of 3 x 256 x 256 finite numbers, but {array.shape}")
-    return torch.from_numpy(array[::-1].transpose(1, 2, 0).astype(np.float32))
+    if array.shape not in ((3, 256, 256), (1, 3, 256, 256)) or array.dtype.kind not in "fiu":
+        raise UserError(f"--mean {file} holds no mean picture, 3 x 256 x 256 numbers, but {array.shape} {array.dtype}")
+    with np.errstate(over="ignore"):
+        mean = array.reshape(3, 256, 256)[::-1].transpose(1, 2, 0).astype(np.float32)
+    if not np.isfinite(mean).all():
+        raise UserError(f"--mean {file} holds numbers that are not finite")
+    return torch.from_numpy(mean)
 
 
 def read_blob(blob, file: str, what: str) -> np.ndarray:
     """A BlobProto as an array; leading dimensions of 1, which the old form adds, are dropped from all but the last."""
-    array = np.frombuffer(blob.data, "<f4") if blob.data else np.frombuffer(blob.double_data, "<f8")
+    kind, content = ("<f4", blob.data) if blob.data else ("<f8", blob.double_data)
     shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]
     while len(shape) > 1 and shape[0] == 1:
         shape.pop(0)
-    if not array.size or any(n < 1 for n in shape) or math.prod(shape) != array.size:
-        raise UserError(f"{file}: {what} has {array.size} numbers for the shape {tuple(shape)}; the file is damaged")
-    return array.reshape(shape)
+    size = math.prod(shape) if len(shape) <= 4 and min(shape) > 0 else 0
+    if not content or len(content) != size * np.dtype(kind).itemsize:
+        raise UserError(f"{file}: {what} has {len(content)} bytes for a shape of {tuple(shape)[:5]}; it is damaged")
+    return np.frombuffer(content, kind).reshape(shape)
 
 
 def caffe_message(kind: str, file: str):

@@ -21,7 +21,7 @@ def run_script(main) -> None:
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         status = 2
     except OSError as error:  # disk full, no permission, ...
         where = f"{error.filename}: " if error.filename else ""

@@ -24,11 +24,12 @@ import options
 import test
 import train
 import utils
-from data import sources
+from data import UserError, sources
 from data.cli import Parser, run_script, whole
 from data.loader import Loader
 from data.pack import named_store
 from recipe import make_optimizer
+from run import Diverged
 from start import build_net
 from studies.plateau import batches
 
@@ -67,6 +68,7 @@ def main(argv=None) -> int:
     store = named_store(args.dataset)
     if "tanh" in args.claims:
         race(args, store)
+    check_test_set(args)
     cells = dict.fromkeys(cell for claim in args.claims if claim != "tanh" for cell in CLAIMS[claim][:2])
     for seed in range(args.seeds):
         for cell in cells:
@@ -76,6 +78,14 @@ def main(argv=None) -> int:
         run_ensemble(args)
     print(report(args))
     return 0
+
+
+def check_test_set(args) -> None:
+    wanted = args.test_dataset or args.dataset
+    for e in lines(args):
+        tested = e.get("center", {}).get("data", wanted)
+        if tested != wanted:
+            raise UserError(f"{args.out} holds runs tested on {tested}, not on {wanted}; name another --out")
 
 
 def lines(args, **wanted) -> list[dict]:
@@ -92,13 +102,17 @@ def folder(args, cell: str, seed: int) -> Path:
 
 
 def run_cell(args, cell: str, seed: int) -> int:
-    """Train, test and note one cell. Returns train.py's exit status, 0 where it finished."""
+    """Train, test and note one cell. Returns train.py's exit status, 0 where it finished or diverged."""
     out = folder(args, cell, seed)
-    if (out / "last.pt").exists():
-        status = train.main(["--resume", "--out", str(out)])
-    else:
-        epochs = ["--epochs", str(args.epochs)] if args.epochs else []
-        status = train.main(["--dataset", args.dataset, "--seed", str(seed), "--out", str(out), *epochs, *CELLS[cell]])
+    epochs = ["--epochs", str(args.epochs)] if args.epochs else []
+    anew = ["--dataset", args.dataset, "--seed", str(seed), "--out", str(out), *epochs, *CELLS[cell]]
+    machine = utils.environment(utils.pick_device("auto"))
+    try:
+        status = train.main(["--resume", "--out", str(out)] if (out / "last.pt").exists() else anew)
+    except Diverged as error:
+        entry = {"dataset": args.dataset, "epochs": args.epochs, "cell": cell, "seed": seed, "diverged": str(error)}
+        utils.append_line(args.out, entry | machine)
+        return 0
     if status:
         return status
     log = utils.read_log(out / "log.jsonl")
@@ -110,7 +124,7 @@ def run_cell(args, cell: str, seed: int) -> int:
     }
     if cell == "base":
         entry["ten-crop"] = errors(args, [out], ten_crop=True)
-    utils.append_line(args.out, entry | utils.environment(utils.pick_device("auto")))
+    utils.append_line(args.out, entry | machine)
     (out / "last.pt").unlink()  # best.pt stays, for the ensemble
     return 0
 
@@ -152,12 +166,13 @@ def report(args) -> str:
         gains = [a - b for a, b in zip(without, with_idea, strict=True)]
         rows.append(f"| {claim} | {paper} | {spread(without)} | {spread(with_idea)} | "
                     f"{', '.join(f'{g:+.2f}' for g in gains)} | {verdict(gains)} |")
-    return "\n".join([*rows, *race_report(args)])
+    diverged = [f"{e['cell']} with seed {e['seed']}" for e in lines(args) if "diverged" in e]
+    return "\n".join([*rows, *(["", f"diverged: {', '.join(diverged)}"] if diverged else []), *race_report(args)])
 
 
 def measured(args, claim: str, before: str, after: str) -> tuple[list[float], list[float]]:
-    """Top-1 errors without and with an idea, of the seeds that have both."""
-    by_seed = [{e["seed"]: e for e in lines(args, cell=cell)} for cell in (before, after)]
+    """Top-1 errors without and with an idea, of the seeds that have both; runs that diverged have none."""
+    by_seed = [{e["seed"]: e for e in lines(args, cell=cell) if "center" in e} for cell in (before, after)]
     seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
     protocols = {"crops": ("center", "ten-crop"), "models": ("ten-crop", "ten-crop")}.get(claim, ("center", "center"))
     without, with_idea = (

@@ -21,7 +21,7 @@ from torch import nn
 import options
 import train
 import utils
-from data import sources
+from data import UserError, sources
 from data.augment import Augment, epoch_tables
 from data.cli import Parser, number, run_script, whole
 from data.loader import Loader
@@ -52,6 +52,8 @@ def main(argv=None) -> int:
     loader, machine = Loader(store, "train", device), utils.environment(device)
     out.parent.mkdir(parents=True, exist_ok=True)
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
+    if any(set(KEY) - set(entry) for entry in utils.read_log(out)):
+        raise UserError(f"{out} holds lines of another kind; name another --out")
     done = {tuple(entry[k] for k in KEY) for entry in utils.read_log(out)}
     for seed, cell in itertools.product(range(args.seeds), cells):
         entry = {"dataset": args.dataset, "steps": args.steps, "stop_below": args.stop_below, "seed": seed, **cell}

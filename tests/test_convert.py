@@ -2,6 +2,7 @@
 with random weights. Damaged and foreign files end in one line."""
 
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -25,7 +26,9 @@ SHAPES = {
     "conv1": (96, 3, 11, 11), "conv2": (256, 48, 5, 5), "conv3": (384, 256, 3, 3), "conv4": (384, 192, 3, 3),
     "conv5": (256, 192, 3, 3), "fc6": (4096, 9216), "fc7": (4096, 4096), "fc8": (7, 4096),
 }
-ORDER = ("conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+ORDER = (
+    "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8",
+)
 
 # ------------------------------------------------------------------------------- a .caffemodel, byte by byte
 
@@ -173,7 +176,15 @@ def test_what_is_not_bvlc_alexnet_is_refused(weights, tmp_path):
     """CaffeNet has the same weights' shapes but pools first; other norms, shapes and missing layers are named."""
     swapped = ("conv1", "pool1", "norm1", "conv2", "pool2", "norm2", *ORDER[6:])
     odd = weights | {"conv3": [weights["conv3"][0][:, :100], weights["conv3"][1]]}
+    short = weights["fc8"][0].tobytes()[:-2]  # two bytes short
+    cut = field(6, field(1, 1) + field(2, 1) + field(3, 7) + field(4, 4096) + field(5, short))
+    cut = field(4, b"fc8") + cut + field(6, blob(weights["fc8"][1], old=True))
+    (tmp_path / "g").write_bytes(write_net(tmp_path / "h", weights, order=ORDER[:-1]).read_bytes() + field(2, cut))
     cases = {
+        r"fc8.weight has \d+ bytes": tmp_path / "g",
+        "no layer norm1": write_net(tmp_path / "i", weights, order=[n for n in ORDER if n != "norm1"]),
+        "in the order": write_net(tmp_path / "j", weights, order=("norm1", *ORDER[:1], *ORDER[2:])),
+        "not one k above 0": write_net(tmp_path / "k", weights, norm=lrn(k=float("nan"))),
         "CaffeNet": write_net(tmp_path / "a", weights, order=swapped),
         "norm1 is not": write_net(tmp_path / "b", weights, norm=lrn(alpha=1.0)),
         r"conv3.weight is \(384, 100, 3, 3\)": write_net(tmp_path / "c", odd),
@@ -280,6 +291,12 @@ def test_bad_files_end_in_one_line_and_run_nothing(caffe_file, torchvision_file,
     torch.save({k: v for k, v in state.items() if k != "classifier.6.bias"}, "short.pth")
     torch.save(state | {"classifier.6.weight": torch.zeros(1, 4096).expand(10**7, 4096)}, "huge.pth")
     torch.save([1, 2], "list.pth")
+    last = "classifier.6.weight"
+    odd = {"int": state[last].int(), "complex": state[last].cfloat(), "sparse": state[last].to_sparse(),
+           "meta": state[last].to("meta"), "none": state[last][:0]}
+    for name, value in odd.items():
+        torch.save(state | {last: value}, f"{name}.pth")
+    torch.save(state | {"a\nkey": state[last]}, "newline.pth")
     contents = {
         "empty": b"", "cut.pth": whole[: len(whole) // 2], "cut.caffemodel": caffe_file.read_bytes()[:1_000_000],
         "text": b"hello, this is no net\n" * 50, "zeros": bytes(5000), "png": b"\x89PNG\r\n\x1a\n" + bytes(300),
@@ -287,14 +304,28 @@ def test_bad_files_end_in_one_line_and_run_nothing(caffe_file, torchvision_file,
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    files = [*contents, "evil.pth", "evil.pickle", "short.pth", "huge.pth", "list.pth", str(run_folder / "best.pt"),
-             "missing", str(tmp_path)]
+    files = [*contents, "evil.pth", "evil.pickle", "short.pth", "huge.pth", "list.pth", "missing", str(tmp_path)]
+    files += [*(f"{name}.pth" for name in odd), str(run_folder / "best.pt")]
     for name in files:
         with pytest.raises(UserError) as error:
             convert.main([name, "out.pt"])
         assert "\n" not in str(error.value), name
     assert not (tmp_path / "out.pt").exists()
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_ways_to_save_torchvisions_weights(torchvision_file, from_torchvision, tmp_path):
+    """Within a training script's checkpoint, with DataParallel's prefix, in half precision."""
+    state = torch.load(torchvision_file, weights_only=True)
+    before = load(from_torchvision)["model"]
+    for content in ({"model": state, "epoch": 3}, {"state_dict": {f"module.{k}": v for k, v in state.items()}}):
+        torch.save(content, tmp_path / "a.pth")
+        convert.main([str(tmp_path / "a.pth"), str(tmp_path / "a.pt")])
+        after = load(tmp_path / "a.pt")["model"]
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "a.pth")
+    convert.main([str(tmp_path / "a.pth"), str(tmp_path / "a.pt")])
+    assert load(tmp_path / "a.pt")["model"]["features.3.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(100), b"\x93NUMPY"])
@@ -304,6 +335,13 @@ def test_bad_means_are_named(caffe_file, tmp_path, content, suffix):
     mean.write_bytes(content)
     with pytest.raises(UserError, match="mean"):
         convert.read_mean(str(mean))
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3, 256, 256)), np.full((3, 256, 256), 1e300), np.zeros(3) > 0])
+def test_means_of_other_shapes_are_named(tmp_path, array):
+    np.save(tmp_path / "mean.npy", array)
+    with pytest.raises(UserError, match=r"mean\.npy holds"):
+        convert.read_mean(str(tmp_path / "mean.npy"))
 
 
 def test_exit_status_and_overwriting(torchvision_file, tmp_path):
@@ -317,6 +355,10 @@ def test_exit_status_and_overwriting(torchvision_file, tmp_path):
         done = start(*arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert done.stderr.startswith("error: ")
+    os.mkfifo(tmp_path / "pipe")
+    done = start(torchvision_file, tmp_path / "pipe")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "x.pt").write_text("old")
     assert start(torchvision_file, tmp_path / "x.pt").returncode == 0
     assert load(tmp_path / "x.pt")["config"]["net"] == "torchvision"

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import options
+import run
 import train
 import utils
 from benchmarks import lrn
+from data import UserError
 from studies import ablations, plateau
 
 
@@ -36,6 +38,13 @@ def test_plateau_trains_as_train_py_does(store, tmp_path, monkeypatch, capsys):
     assert lines[0]["losses"] == pytest.approx(seen[0][0], abs=1e-4)
     assert re.search(r"\| 0-255 \| paper \| 2012 \| 2x \| no \| [\d.]+ \| -, - \|", capsys.readouterr().out)
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_plateau_refuses_a_log_of_another_kind(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(plateau, "named_store", lambda name: store)
+    (tmp_path / "x.jsonl").write_text('{"dataset": "sample", "steps": 200, "seed": 0}\n')
+    with pytest.raises(UserError, match="holds lines of another kind"):
+        plateau.main(["--dataset", "sample", "--out", str(tmp_path / "x.jsonl")])
 
 
 def test_plateau_cells_are_what_they_say(store):
@@ -80,7 +89,8 @@ def test_ablations_stop_resume_and_reckon(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("test.open_store", lambda *a: store)
     monkeypatch.setattr(ablations, "named_store", lambda name: store)
     monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path)
-    monkeypatch.setattr("options.DEFAULTS", {"epochs": 1, "batch_size": 32, "patience": 5})
+    monkeypatch.setattr("options.SAMPLE_DEFAULTS", {"epochs": 1, "batch_size": 32, "patience": 5})
+    monkeypatch.setattr(store, "name", "sample")
     out = tmp_path / "results" / "x.jsonl"
     real, stopped = train.main, []
 
@@ -112,6 +122,22 @@ def test_ablations_stop_resume_and_reckon(store, tmp_path, monkeypatch, capsys):
     assert f"| {' | '.join(row)} | too few seeds |" in printed
     assert "| dropout | no figure: 'substantial overfitting' without (section 4.2) | not measured yet |" in printed
     assert not list(tmp_path.rglob("last.pt"))
+    with pytest.raises(UserError, match="holds runs tested on sample, not on fashion-mnist"):
+        ablations.main([*arguments, "--test-dataset", "fashion-mnist"])
+
+
+def test_ablations_note_a_run_that_diverged(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "named_store", lambda name: store)
+    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path)
+
+    def diverge(argv):
+        raise run.Diverged("the loss is no longer finite at step 7")
+
+    monkeypatch.setattr(train, "main", diverge)
+    assert ablations.main(["lrn", "--seeds", "1", "--dataset", "sample", "--out", str(tmp_path / "x.jsonl")]) == 0
+    assert ablations.main(["lrn", "--seeds", "1", "--dataset", "sample", "--out", str(tmp_path / "x.jsonl")]) == 0
+    assert [e["cell"] for e in utils.read_log(tmp_path / "x.jsonl")] == ["no-lrn", "base"]
+    assert "diverged: no-lrn with seed 0, base with seed 0" in capsys.readouterr().out
 
 
 def test_ablations_verdict_needs_one_sign_and_twice_the_error():
@@ -141,7 +167,7 @@ def test_ablations_race_of_relu_and_tanh(store, tmp_path, monkeypatch, capsys):
     ]
     assert all(len(e["errors"]) == 4 or e["errors"][-1] < 25 or e["limit"] < 8 for e in lines)
     assert [net.config["activation"] for _, net in nets] == ["relu"] * 2 + ["tanh"] * 2
-    assert all((net.config["dropout"], run.mirror, run.colour) == (0, False, "off") for run, net in nets)
+    assert all((net.config["dropout"], a.mirror, a.colour) == (0, False, "off") for a, net in nets)
     assert decays == [0.0] * 4
     assert "25% training error, no regularisation but random crops: relu at rate" in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 5_000

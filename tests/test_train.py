@@ -197,5 +197,5 @@ def test_init_takes_weights_and_starts_fc8_afresh(store, run_folder, tmp_path, c
     assert start["fc8.weight"].shape == (3, 4096)
     assert torch.allclose(start["fc7.weight"], before["fc7.weight"], atol=1e-6)
     assert "fc8 starts fresh" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"its net has columns 1 \(here 2; --columns\)"):
+    with pytest.raises(UserError, match=r"columns is 1, here 2 \(see --columns\)"):
         run(store, tmp_path / "two", "--init", run_folder / "best.pt", "--columns", 2)

@@ -1,6 +1,7 @@
 """utils.py: errors, evaluation, checkpoints, the log."""
 
 import errno
+import math
 import os
 import pickle
 import re
@@ -128,9 +129,34 @@ def test_files_that_are_no_checkpoints_are_one_line(tmp_path, run_folder):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", torch.zeros(3)), ("mean", torch.zeros(10, 10, 3)), ("mean", torch.full((1, 1, 3), math.nan)),
+        ("mean", None), ("classes", 4), ("classes", ["a"]), ("store_size", 0), ("image_size", 300),
+        ("image_size", "64"),
+        ("resize", "stretched"), ("store", 5), ("config", None), ("config", {}), ("model", {"fc8.bias": 1}),
+    ],
+)
+def test_a_checkpoint_whose_parts_do_not_fit_is_one_line(run_folder, tmp_path, key, value):
+    content = torch.load(run_folder / "best.pt", weights_only=True) | {key: value}
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="cannot be right") as caught:
+        utils.load_checkpoint(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_not_taken(run_folder, tmp_path):
+    content = torch.load(run_folder / "best.pt", weights_only=True)
+    content["model"]["fc8.bias"][1] = math.nan
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="not finite"):
+        utils.load_model(tmp_path / "x.pt")
+
+
 def test_weights_that_do_not_fit_are_one_line(run_folder, tmp_path):
     content = torch.load(run_folder / "best.pt", weights_only=True)
-    for change in ({"config": content["config"] | {"columns": 2}}, {"config": {"depth": 3}}, {"model": {}}):
+    for change in ({"config": content["config"] | {"columns": 2}}, {"config": content["config"] | {"depth": 3}}, {"model": {}}):
         torch.save(content | change, tmp_path / "x.pt")
         with pytest.raises(UserError, match="do not fit the net") as caught:
             utils.load_model(tmp_path / "x.pt")
