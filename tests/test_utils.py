@@ -156,7 +156,8 @@ def test_weights_that_are_not_finite_are_not_taken(run_folder, tmp_path):
 
 def test_weights_that_do_not_fit_are_one_line(run_folder, tmp_path):
     content = torch.load(run_folder / "best.pt", weights_only=True)
-    for change in ({"config": content["config"] | {"columns": 2}}, {"config": content["config"] | {"depth": 3}}, {"model": {}}):
+    config = content["config"]
+    for change in ({"config": config | {"columns": 2}}, {"config": config | {"depth": 3}}, {"model": {}}):
         torch.save(content | change, tmp_path / "x.pt")
         with pytest.raises(UserError, match="do not fit the net") as caught:
             utils.load_model(tmp_path / "x.pt")
