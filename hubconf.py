@@ -1,13 +1,16 @@
 """torch.hub entry points: torch.hub.load("PATH OR OWNER/REPOSITORY", "alexnet", ...)."""
 
+from torch import nn
+
 from model import AlexNet
 
 dependencies = ["torch"]
 
 
-def alexnet(checkpoint: str | None = None, **options) -> AlexNet:
+def alexnet(checkpoint: str | None = None, **options) -> nn.Module:
     """AlexNet. Without a checkpoint: freshly initialised, options as for model.AlexNet (num_classes, image_size,
-    columns, ...). With one of train.py's: its net and weights in eval mode, with a list `classes`; no options then.
+    columns, ...). With a checkpoint: its net and weights in eval mode, with a list `classes`; no options then. (A
+    checkpoint converted from torchvision gives torchvision's net.)
 
     The repository carries no weights. utils.load_model also gives the function that prepares pictures.
     """

@@ -40,7 +40,7 @@ RECIPES = ("2012", "paper")
 LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K = 5, 1e-4, 0.75, 2.0
 LRN_ALPHAS = ("2012", "paper")
 
-# What the pools leave of smaller inputs is no map any more.
+# The smallest inputs that leave a pixel after the last pool.
 SMALLEST = {"paper": 63, "2012": 64}
 
 # On a CPU, LRN works through the batch in pieces that stay in the cache: this many numbers at a time.
@@ -52,7 +52,7 @@ class AlexNet(nn.Module):
 
     num_classes: number of logits.
     image_size: side of the input in pixels, at least 63 (order "2012": 64). 227 is taken without padding in conv1
-        (Caffe's size, the same maps); every other size is padded by 2, which makes the paper's 224 give 55 x 55.
+        (Caffe's size, the same maps); in the paper's order every other size is padded by 2: 224 gives 55 x 55.
     columns: 1, or 2 for the paper's two GPUs as one module: conv2, conv4 and conv5 and both LRNs then see their own
         half of the channels only (paper, figure 2).
     order: "paper" (ReLU, LRN, pooling), or "2012" for the order of the authors' source: conv1's output is normalised
@@ -84,21 +84,13 @@ class AlexNet(nn.Module):
         lrn_across: bool = False,
     ):
         super().__init__()
-        _check("num_classes", num_classes, isinstance(num_classes, int) and num_classes >= 1, "a whole number from 1")
-        _check("order", order, order in ORDERS, " or ".join(ORDERS))
-        least = SMALLEST[order]
-        _check("image_size", image_size, isinstance(image_size, int) and image_size >= least, f"{least} pixels or more")
-        _check("columns", columns, columns in (1, 2), "1 or 2")
-        _check("activation", activation, activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
-        _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
-        _check("lrn_alpha", lrn_alpha, lrn_alpha in LRN_ALPHAS, " or ".join(LRN_ALPHAS))
-        _check("lrn_k", lrn_k, isinstance(lrn_k, int | float) and 0 < lrn_k < float("inf"), "a number above 0")
         # What rebuilds this net: checkpoints keep it beside the weights.
         self.config = {
             "num_classes": num_classes, "image_size": image_size, "columns": columns, "order": order,
             "activation": activation, "lrn": lrn, "overlapping_pool": overlapping_pool, "dropout": dropout,
             "lrn_alpha": lrn_alpha, "lrn_k": lrn_k, "lrn_across": lrn_across,
         }
+        _check_options(**self.config)
         act = ACTIVATIONS[activation]
         window = 3 if overlapping_pool else 2
         if order == "2012":
@@ -298,6 +290,18 @@ class MapNorm(nn.Module):
         a = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = F.avg_pool2d(a * a, 5, stride=1, padding=2, count_include_pad=True)
         return (a * (1 + 0.001 * mean_square).pow(-0.75)).to(x.dtype)
+
+
+def _check_options(num_classes, image_size, columns, order, activation, dropout, lrn_alpha, lrn_k, **_flags) -> None:
+    _check("num_classes", num_classes, isinstance(num_classes, int) and num_classes >= 1, "a whole number from 1")
+    _check("order", order, order in ORDERS, " or ".join(ORDERS))
+    least = SMALLEST[order]
+    _check("image_size", image_size, isinstance(image_size, int) and image_size >= least, f"{least} pixels or more")
+    _check("columns", columns, columns in (1, 2), "1 or 2")
+    _check("activation", activation, activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
+    _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
+    _check("lrn_alpha", lrn_alpha, lrn_alpha in LRN_ALPHAS, " or ".join(LRN_ALPHAS))
+    _check("lrn_k", lrn_k, isinstance(lrn_k, int | float) and 0 < lrn_k < float("inf"), "a number above 0")
 
 
 def _check(name: str, value, ok: bool, allowed: str) -> None:

@@ -56,7 +56,7 @@ def read_config(out: Path) -> dict:
 
 def make_parser() -> Parser:
     parser = Parser(prog="train.py", description="Train AlexNet. Defaults are the paper's, with the 2012 code's "
-                    "initialisation and bias rate.")
+                    "initialisation, bias rate, LRN alpha and colour noise.")
     data = parser.add_argument_group("data")
     which = data.add_mutually_exclusive_group()
     which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")

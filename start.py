@@ -7,18 +7,19 @@ from data import UserError
 from data.store import Store
 from model import LRN_K, AlexNet
 
-# What changes the net itself, and its default: checkpoints older than an option lack it, other nets have none of them.
+# train.py's options of the net, and their defaults: torchvision's net has none of them.
 NET_OPTIONS = {
     "columns": 1, "order": "paper", "activation": "relu", "lrn": True, "overlap": True, "dropout": True,
     "lrn_alpha": "2012", "lrn_k": LRN_K, "lrn_across": False,
 }
 
 
-def build_net(args, store: Store) -> torch.nn.Module:
+def starting_net(args, store: Store) -> torch.nn.Module:
     """The net, initialised from --seed or from --init: AlexNet, but where --init was converted from torchvision."""
+    # On --resume the file of --init may be gone; last.pt tells as well which net it was.
     other = utils.load_checkpoint(args.out / "last.pt" if args.resume else args.init) if args.init else None
     if other and "net" in other["config"]:
-        return torchvision_net(args, store, other)
+        return start_from_torchvision(args, store, other)
     try:
         net = AlexNet(
             len(store.classes), image_size=args.image_size, columns=args.columns, order=args.order,
@@ -37,7 +38,8 @@ def build_net(args, store: Store) -> torch.nn.Module:
 
 def check_options(net: AlexNet, other: dict, path: str) -> None:
     """Refuse weights of a net with other options, and say which options they need."""
-    theirs, needed = NET_OPTIONS | other["config"], []
+    older = {"lrn_alpha": "2012", "lrn_k": LRN_K, "lrn_across": False}  # what checkpoints without these options had
+    theirs, needed = older | other["config"], []
     for option, value in net.config.items():
         if option not in ("num_classes", "dropout") and theirs.get(option) != value:
             flag = {"lrn": "no-lrn", "overlapping_pool": "no-overlap"}.get(option, option.replace("_", "-"))
@@ -46,7 +48,7 @@ def check_options(net: AlexNet, other: dict, path: str) -> None:
         raise UserError(f"--init {path} is a net of other options: {'; '.join(needed)}")
 
 
-def torchvision_net(args, store: Store, other: dict) -> torch.nn.Module:
+def start_from_torchvision(args, store: Store, other: dict) -> torch.nn.Module:
     """torchvision's alexnet with the weights of a converted checkpoint: another net than the paper's."""
     given = [name for name, value in NET_OPTIONS.items() if getattr(args, name) != value]
     if given:

@@ -31,7 +31,7 @@ from data.store import Store
 from options import parse, settle
 from recipe import Schedule, make_optimizer, set_rate
 from run import Run, State, check_finite, checkpoint, load_last, run_folder, save_last, store_mean, total_sums
-from start import build_net
+from start import starting_net
 
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 SAVE_SECONDS = 600  # last.pt is written this often in mid-epoch
@@ -45,7 +45,7 @@ def main(argv=None) -> int:
     store, warning = open_store(args, world)
     settle(args, store, device, world)
 
-    net = build_net(args, store).to(device, memory_format=torch.channels_last)
+    net = starting_net(args, store).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )

@@ -128,8 +128,8 @@ def replacing(path: Path):
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> dict:
-    """A checkpoint of train.py as a dict. Only plain values and tensors are read, never code. Raises UserError for
-    a file that is missing, damaged or something else."""
+    """A checkpoint of train.py or checkpoints/convert.py as a dict. Only plain values and tensors are read, never
+    code. Raises UserError for a file that is missing, damaged or something else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
@@ -158,15 +158,17 @@ def _odd(checkpoint: dict) -> str | None:
         "model": isinstance(c["model"], dict) and all(isinstance(t, Tensor) for t in c["model"].values()),
         "config": isinstance(c["config"], dict),
         "classes": count > 0 and all(isinstance(name, str) for name in c["classes"]),
-        "image_size": sides and c["image_size"] <= c["store_size"],
+        "image_size or store_size": sides and c["image_size"] <= c["store_size"],
         "resize": c["resize"] in (SHORTER_SIDE, WARPED),
         "store": isinstance(c.get("store", ""), str),
         "mean": isinstance(mean, Tensor) and mean.is_floating_point() and mean.ndim == 3 and mean.shape[2] in (1, 3)
         and mean.shape[0] == mean.shape[1] and mean.shape[0] in (1, c["store_size"]) and bool(mean.isfinite().all()),
     }
     odd = next((name for name, right in checks.items() if not right), None)
-    agree = odd or (c["config"].get("num_classes"), c["config"].get("image_size")) == (count, c["image_size"])
-    return odd or (None if agree else "config")
+    if odd:
+        return odd
+    fits = (c["config"].get("num_classes"), c["config"].get("image_size")) == (count, c["image_size"])
+    return None if fits else "config"
 
 
 def _missing(checkpoint) -> list[str]:
@@ -204,7 +206,7 @@ def torchvision_net(config: dict) -> torch.nn.Module:
 
 
 def load_model(path: str | Path, device="cpu"):
-    """(model, prepare) of a checkpoint. model: AlexNet in eval mode, with a list `classes`. prepare: a function from
+    """(model, prepare) of a checkpoint. model: the net in eval mode, with a list `classes`. prepare: a function from
     one PIL picture, or a list of them, to the model's input, (n, 3, S, S) float: resized, cropped, mean subtracted
     as in training; prepare(pictures, ten_crop=True) gives ten such inputs. Raises UserError for a bad file."""
     checkpoint = load_checkpoint(path, device)

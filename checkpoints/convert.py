@@ -5,8 +5,8 @@
     python -m checkpoints.convert alexnet-owt-7be5be79.pth checkpoints/torchvision.pt
 
 Caffe's net is AlexNet(columns=2, image_size=227, lrn_k=1, lrn_across=True). torchvision's is another net, the one of
-Krizhevsky's "One weird trick for parallelizing convolutional neural networks" (2014): it stays what it is. What FILE
-is decides its content, not its name; code in it is never run. --help lists the options.
+Krizhevsky's "One weird trick for parallelizing convolutional neural networks" (2014): it stays what it is. FILE's kind
+is told by its content, not by its name; code in it is never run. --help lists the options.
 """
 
 import math
@@ -177,15 +177,15 @@ def from_caffe(file: str, mean_file: str | None) -> dict:
         raise UserError(f"{file} pools before it normalises: this is CaffeNet, not AlexNet, and is not taken")
     if [name for name in names if name in CAFFE_ORDER] != list(CAFFE_ORDER):
         raise UserError(f"{file} is no bvlc_alexnet: its layers do not come in the order {', '.join(CAFFE_ORDER)}")
-    ends = [layer for layer in layers if layer.name == "fc8"]
-    count = read_blob(ends[-1].blobs[1], file, "fc8's bias").size if len(ends[-1].blobs) == 2 else 1
+    all_blobs = {layer.name: layer.blobs for layer in layers}
+    count = read_blob(all_blobs["fc8"][1], file, "fc8.bias").size if len(all_blobs["fc8"]) == 2 else 1
     with torch.device("meta"):  # names and shapes only
         wanted = AlexNet(count, **CAFFE_OPTIONS, lrn_k=norm_k(layers, file))
     model = {}
     for name, layer in wanted.named_children():
         if not hasattr(layer, "weight"):
             continue
-        blobs = [found for found in layers if found.name == name][-1].blobs
+        blobs = all_blobs[name]
         if len(blobs) != 2:
             raise UserError(f"{file}: {name} has {len(blobs)} blobs, not weights and biases; the file is damaged")
         for blob, part in zip(blobs, ("weight", "bias"), strict=True):
@@ -246,7 +246,7 @@ def read_mean(file: str) -> torch.Tensor:
 
 
 def read_blob(blob, file: str, what: str) -> np.ndarray:
-    """A BlobProto as an array; leading dimensions of 1, which the old form adds, are dropped from all but the last."""
+    """A BlobProto as an array; leading dimensions of 1, which the old form adds, are dropped, down to one."""
     kind, content = ("<f4", blob.data) if blob.data else ("<f8", blob.double_data)
     shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]
     while len(shape) > 1 and shape[0] == 1:

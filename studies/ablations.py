@@ -1,14 +1,14 @@
-"""What each of the paper's ideas is worth, on any data set:
+"""What each of the paper's ideas is worth, on any of the named data sets:
 
     python -m studies.ablations lrn overlap dropout colour columns order crops models
     python -m studies.ablations crops models --dataset cifar10 --seeds 5
     python -m studies.ablations tanh --dataset fashion-mnist        ReLU against tanh (the paper's figure 1), drawn
 
 Each claim compares nets trained by train.py that differ in one option, seed by seed, with the centre crop unless the
-claim is about crops. A cell is one training run; its folder lies under checkpoints/ablations/. A finished cell is a
-line in --out and is not run again; one that was stopped goes on where it was. The table of all claims that the file
-covers is printed last. On Fashion-MNIST and CIFAR-10 the paper's effects can be smaller than the spread over seeds:
-the table says so.
+claim is about crops or several models. A cell is one training run; its folder lies under checkpoints/ablations/. A
+finished cell is a line in --out and is not run again; one that was stopped goes on where it was. The table of all
+claims that the file covers is printed last. On small pictures the paper's effects can be smaller than the spread over
+seeds: the table says so.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from data.loader import Loader
 from data.pack import named_store
 from recipe import make_optimizer
 from run import Diverged
-from start import build_net
+from start import starting_net
 from studies.plateau import batches
 
 # What train.py is given in each cell beside data set, seed and epochs.
@@ -52,13 +52,16 @@ CLAIMS = {
     "colour": ("no-colour", "base", "over 1 / - (section 4.1)"),
     "columns": ("base", "two-columns", "1.7 / 1.2 against one column of half the kernels (section 3.2), not built"),
     "order": ("two-columns", "2012", "no figure: the paper's text against its authors' code"),
-    "crops": ("base", "base", "1.5 / 1.3 (table 1: 39.0 / 18.3 and 37.5 / 17.0)"),
+    "crops": ("base", "base", "1.5 / 1.3 (table 1 and its footnote: 39.0 / 18.3 and 37.5 / 17.0)"),
     "models": ("base", "base", "2.6 / 1.8 for five (table 2: 40.7 / 18.2 and 38.1 / 16.4)"),
 }
-RATES = (0.001, 0.003, 0.0003, 0.01, 0.03)  # for figure 1 each activation has the rate that is fastest for it
+# For figure 1 each activation has the rate that is fastest for it; the likeliest come first, since the others are
+# given up once they are slower.
+RATES = (0.001, 0.003, 0.0003, 0.01, 0.03)
 TARGET = 25  # percent training error
 EVERY = 10  # steps that a training error of figure 1 is the mean of
 LONGEST = 1500  # steps
+T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided, by n
 
 
 def main(argv=None) -> int:
@@ -89,8 +92,8 @@ def check_test_set(args) -> None:
 
 
 def lines(args, **wanted) -> list[dict]:
-    """The lines of --out for this data set and length with these values."""
-    wanted |= {"dataset": args.dataset, "epochs": args.epochs}
+    """The lines of --out with these values for this data set and, but for figure 1's, this number of epochs."""
+    wanted |= {"dataset": args.dataset} | ({} if wanted.get("cell") == "race" else {"epochs": args.epochs})
     return [e for e in utils.read_log(args.out) if all(e.get(name) == value for name, value in wanted.items())]
 
 
@@ -156,16 +159,19 @@ def run_ensemble(args) -> None:
 
 def report(args) -> str:
     """A Markdown table: a row for each claim, those asked for and those that the file has anyway."""
-    rows = ["| idea | paper: points off the top-1 / top-5 error | here: without | with | points off, by seed | |",
-            "|---" * 6 + "|"]
+    head = ["idea", "paper: points off top-1 / top-5 error", "here: without", "with", "points off, by seed", "in all"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for claim, (before, after, paper) in CLAIMS.items():
         without, with_idea = measured(args, claim, before, after)
         if not with_idea:
             rows.append(f"| {claim} | {paper} | not measured yet | | | |")
             continue
         gains = [a - b for a, b in zip(without, with_idea, strict=True)]
-        rows.append(f"| {claim} | {paper} | {spread(without)} | {spread(with_idea)} | "
-                    f"{', '.join(f'{g:+.2f}' for g in gains)} | {verdict(gains)} |")
+        ensemble = claim == "models"  # one figure, whatever the number of seeds
+        shown = f"{with_idea[0]:.2f}% (one ensemble of {len(without)})" if ensemble else spread(with_idea)
+        said = f"{statistics.mean(gains):+.2f} from one ensemble" if ensemble else verdict(gains)
+        rows.append(f"| {claim} | {paper} | {spread(without)} | {shown} | "
+                    f"{', '.join(f'{g:+.2f}' for g in gains)} | {said} |")
     diverged = [f"{e['cell']} with seed {e['seed']}" for e in lines(args) if "diverged" in e]
     return "\n".join([*rows, *(["", f"diverged: {', '.join(diverged)}"] if diverged else []), *race_report(args)])
 
@@ -193,13 +199,14 @@ def spread(values: list[float]) -> str:
 
 
 def verdict(gains: list[float]) -> str:
-    """What the seeds allow to be said: an effect that is twice its standard error and has one sign."""
+    """What the seeds allow to be said: the mean with its 95% interval (Student's t, paired by seed), and whether that
+    leaves out zero."""
     if len(gains) < 3:
         return "too few seeds"
     mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
-    if abs(mean) > 2 * error and (min(gains) > 0 or max(gains) < 0):
-        return f"{'helps' if mean > 0 else 'harms'}: {mean:+.2f}"
-    return f"{mean:+.2f}, within the spread"
+    half = T95.get(len(gains), 2.2) * error
+    said = "within the spread" if abs(mean) <= half else "helps" if mean > 0 else "harms"
+    return f"{mean:+.2f} ± {half:.2f}: {said}"
 
 
 # ---------------------------------------------------------------------------------------------- figure 1
@@ -212,7 +219,8 @@ def race(args, store) -> None:
     loader, machine = Loader(store, "train", device), utils.environment(device)
     for seed in range(args.seeds):
         for activation in ("relu", "tanh"):
-            for rate in RATES if seed == 0 else [fastest(args, activation)[0]["lr"]]:
+            rates = RATES if seed == 0 else [fastest(args, activation)[0]["lr"]]
+            for rate in rates:
                 cell = {"cell": "race", "activation": activation, "lr": rate, "seed": seed}
                 if lines(args, **cell):
                     continue
@@ -235,7 +243,7 @@ def errors_by_step(store, loader: Loader, device, cell: dict, limit: int) -> lis
         "--batch-size", "128",
     ])
     options.settle(run, store, device, world=1)
-    net = build_net(run, store).to(device, memory_format=torch.channels_last)
+    net = starting_net(run, store).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net, recipe=run.recipe, lr=run.lr, momentum=run.momentum, weight_decay=0.0)
     found, wrong = [], 0
     for step, (pictures, labels) in enumerate(batches(run, store, loader, device), 1):
@@ -264,9 +272,11 @@ def race_report(args) -> list[str]:
         return ["", "tanh: not measured yet (the paper: ReLU reaches 25% training error six times sooner)"]
     texts, means = [], []
     for name, runs in best.items():
-        steps = ", ".join(str(e["reached"] or f"over {LONGEST}") for e in runs)
+        steps = ", ".join(str(e["reached"] or f"over {e['limit']}") for e in runs)
         texts.append(f"{name} at rate {runs[0]['lr']:g} after {steps} steps")
         means.append(statistics.mean(e["reached"] or LONGEST for e in runs))
+    if any(e["reached"] is None for e in best["relu"]):
+        return ["", f"{TARGET}% training error: {'; '.join(texts)}"]
     more = "at least " if any(e["reached"] is None for e in best["tanh"]) else ""
     return ["", f"{TARGET}% training error, no regularisation but random crops: {'; '.join(texts)}: ReLU is {more}"
             f"{means[1] / means[0]:.1f} times as fast (paper, figure 1: six times, another net, CIFAR-10)"]

@@ -7,7 +7,7 @@
 A loss of ln(classes), 2.303 for ten classes, means that nothing has been learnt. A cell is one value of each of the
 five choices; the first value of each is train.py's. Each finished run is a line in --out, and runs that stand there
 are not run again, so the study can be stopped at any time (another --out starts over). A table of the file's runs
-on this data set is printed last, and their curves are drawn beside it, under the same name with .png.
+on this data set and of this length is printed last, and their curves are drawn beside it, under its name with .png.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from data.pack import named_store
 from data.progress import Progress
 from recipe import make_optimizer
 from run import store_mean
-from start import build_net
+from start import starting_net
 
 # Every choice's values, train.py's first.
 CHOICES = {
@@ -52,9 +52,10 @@ def main(argv=None) -> int:
     loader, machine = Loader(store, "train", device), utils.environment(device)
     out.parent.mkdir(parents=True, exist_ok=True)
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
-    if any(set(KEY) - set(entry) for entry in utils.read_log(out)):
+    before = utils.read_log(out)
+    if any(set(KEY) - set(entry) for entry in before):
         raise UserError(f"{out} holds lines of another kind; name another --out")
-    done = {tuple(entry[k] for k in KEY) for entry in utils.read_log(out)}
+    done = {tuple(entry[k] for k in KEY) for entry in before}
     for seed, cell in itertools.product(range(args.seeds), cells):
         entry = {"dataset": args.dataset, "steps": args.steps, "stop_below": args.stop_below, "seed": seed, **cell}
         if tuple(entry[k] for k in KEY) not in done:
@@ -64,7 +65,8 @@ def main(argv=None) -> int:
             losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
             entry |= summary(losses, len(store.classes)) | {"outputs": outputs, "seconds": time.monotonic() - began}
             utils.append_line(out, entry | machine)
-    entries = [e for e in utils.read_log(out) if (e["dataset"], e["steps"]) == (args.dataset, args.steps)]
+    alike = (args.dataset, args.steps, args.stop_below)
+    entries = [e for e in utils.read_log(out) if (e["dataset"], e["steps"], e["stop_below"]) == alike]
     print(table(entries))
     draw(entries, out.with_suffix(".png"))
     return 0
@@ -75,8 +77,8 @@ def main(argv=None) -> int:
 
 def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: float = 0):
     """The loss of each of the first steps of train.py with these arguments (options.make_parser's, settled) and the
-    cell's choices, and layer_outputs of the first batch. Ends early where the mean of WINDOW steps falls below
-    stop_below, or a loss is not finite."""
+    cell's choices, and layer_outputs of the first batch. Ends early where the mean of the last WINDOW steps
+    falls below stop_below, or a loss is not finite."""
     net = build(args, store, cell).to(device, memory_format=torch.channels_last)
     optimizer = optimizer_of(net, args, cell)
     scale = deviation(store) if cell["pixels"] == "divided" else 1.0
@@ -89,7 +91,8 @@ def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: fl
             loss, _ = train.train_step(net, optimizer, pictures / scale, labels, args.precision)
             losses.append(loss.item())
             progress.update(1, f"loss {losses[-1]:.3f}")
-            if not math.isfinite(losses[-1]) or sum(losses[-WINDOW:]) < stop_below * min(WINDOW, len(losses)):
+            low = len(losses) >= WINDOW and sum(losses[-WINDOW:]) < stop_below * WINDOW
+            if low or not math.isfinite(losses[-1]):
                 break
     return losses, outputs
 
@@ -113,10 +116,10 @@ def batches(args, store, loader: Loader, device):
 
 def build(args, store, cell: dict) -> nn.Module:
     """train.py's net with the cell's dropout and initialisation."""
-    net = build_net(args, store)
+    net = starting_net(args, store)
     if cell["dropout"] == "inverted":
         net.drop6, net.drop7 = nn.Dropout(0.5), nn.Dropout(0.5)
-    utils.seed_all(args.seed)
+    utils.seed_all(args.seed)  # as for train.py's own initialisation
     if cell["init"] in ("2012", "paper", "louder"):
         net.init_weights("2012" if cell["init"] == "2012" else "paper")
         if cell["init"] == "louder":  # makes up for divided pixels: the same outputs of conv1 as without the division
@@ -132,10 +135,11 @@ def build(args, store, cell: dict) -> nn.Module:
 
 
 def optimizer_of(net: nn.Module, args, cell: dict):
+    """train.py's optimiser with the cell's rules for biases."""
     optimizer = make_optimizer(
         net, recipe="2012", lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    biases = optimizer.param_groups[1]
+    biases = optimizer.param_groups[1]  # recipe 2012's second group
     biases["lr"] = args.lr * cell["bias_rate"]
     biases["weight_decay"] = args.weight_decay if cell["bias_decay"] == "yes" else 0.0
     return optimizer
@@ -150,7 +154,8 @@ def deviation(store) -> float:
 @torch.no_grad()
 def layer_outputs(net: nn.Module, pictures) -> dict[str, list[float]]:
     """Of each layer's linear output in training: mean, standard deviation, and how much of that is due to the
-    picture (the deviation over pictures of one unit, averaged over units in the mean square)."""
+    picture (the deviation over pictures of one unit, root mean square over units; in fc7 and fc8 the pictures' dropout
+    masks have their part in it)."""
     found = {}
 
     def note(name):
@@ -187,7 +192,8 @@ def summary(losses: list[float], classes: int) -> dict:
 
 def table(entries: list[dict]) -> str:
     """A Markdown table: a row for each cell; how much of fc6's output is due to the picture at the start (mean over
-    seeds), when each seed left the plateau, and the mean loss over seeds of the WINDOW steps up to a few steps."""
+    seeds), when each seed left the plateau, and the mean loss of the WINDOW steps up to step 50, 100, ..., over the
+    seeds that still ran."""
     steps = list(range(50, max(e["steps"] for e in entries) + 1, 50))
     head = ["pixels", "dropout", "initialisation", "bias rate", "bias decay", "signal in fc6", "left at step"]
     lines = [f"| {' | '.join(head + [f'loss at {s}' for s in steps])} |", "|---" * (len(head) + len(steps)) + "|"]
@@ -255,16 +261,18 @@ def draw_losses(axes, runs: list[dict]) -> None:
 
 def draw_signal(axes, entries: list[dict]) -> None:
     """Runs that stayed on the plateau stand at the top edge, runs that diverged as crosses at the bottom."""
-    limit = entries[0]["steps"]
+    limit, diverged = entries[0]["steps"], 10
+    stayed = 1.2 * limit
     for e in entries:
         signal = e["outputs"]["fc6"][2]
         mark = {"marker": "o" if e["dropout"] == "paper" else "^", "color": f"C{CHOICES['init'].index(e['init'])}"}
         if not e["finite"]:
-            axes.plot(signal, 10, **mark | {"marker": "x"})
+            axes.plot(signal, diverged, **mark | {"marker": "x"})
         else:
-            axes.plot(signal, e["left"] or 1.2 * limit, **mark, fillstyle="full" if e["left"] else "none")
+            axes.plot(signal, e["left"] or stayed, **mark, fillstyle="full" if e["left"] else "none")
     axes.axhline(limit, color="0.4", ls=":", lw=1)
-    axes.set(xscale="log", yscale="log", ylim=(8, 1.5 * limit), ylabel="step at which the plateau is left",
+    axes.set(xscale="log", yscale="log", ylim=(0.8 * diverged, 1.25 * stayed))
+    axes.set(ylabel="step at which the plateau is left",
              xlabel="fc6 at the start: deviation over pictures of a unit's output",
              title="circles: the paper's dropout, triangles: inverted\nhollow: not left, cross: diverged")
     for init, name in enumerate(CHOICES["init"]):

@@ -140,24 +140,25 @@ def test_ablations_note_a_run_that_diverged(store, tmp_path, monkeypatch, capsys
     assert "diverged: no-lrn with seed 0, base with seed 0" in capsys.readouterr().out
 
 
-def test_ablations_verdict_needs_one_sign_and_twice_the_error():
-    assert ablations.verdict([1.0, 1.2, 0.9]).startswith("helps")
-    assert ablations.verdict([-1.0, -1.2, -0.9]).startswith("harms")
+def test_ablations_verdict_is_a_paired_interval():
+    # Student's t with 2 degrees of freedom is 4.30; times 0.153 / 3 ** 0.5.
+    assert ablations.verdict([1.0, 1.2, 0.9]) == "+1.03 ± 0.38: helps"
+    assert ablations.verdict([-1.0, -1.2, -0.9]).endswith("harms")
     assert "within" in ablations.verdict([1.0, -0.2, 0.4])
-    assert "within" in ablations.verdict([0.01, 3.0, 0.01])
+    assert "within" in ablations.verdict([0.5, 1.5, 2.5])
     assert ablations.verdict([5.0, 5.0]) == "too few seeds"
 
 
 def test_ablations_race_of_relu_and_tanh(store, tmp_path, monkeypatch, capsys):
     """Training error by steps at each rate, the fastest rate chosen, drawn."""
     monkeypatch.setattr(ablations, "named_store", lambda name: store)
-    for name, value in (("LONGEST", 8), ("EVERY", 2), ("RATES", (0.01, 0.001))):
+    for name, value in (("LONGEST", 8), ("EVERY", 2), ("RATES", (0.01, 0.001)), ("TARGET", 0)):
         monkeypatch.setattr(ablations, name, value)
     real = ablations.options.make_parser
     monkeypatch.setattr(ablations.options, "make_parser", lambda: Small(real()))
     nets, decays = [], []
-    build, make = ablations.build_net, ablations.make_optimizer
-    monkeypatch.setattr(ablations, "build_net", lambda *a: nets.append((a[0], build(*a))) or nets[-1][1])
+    build, make = ablations.starting_net, ablations.make_optimizer
+    monkeypatch.setattr(ablations, "starting_net", lambda *a: nets.append((a[0], build(*a))) or nets[-1][1])
     monkeypatch.setattr(ablations, "make_optimizer", lambda *a, **k: decays.append(k["weight_decay"]) or make(*a, **k))
     out = tmp_path / "x.jsonl"
     ablations.main(["tanh", "--seeds", "1", "--dataset", "sample", "--out", str(out)])
@@ -165,11 +166,18 @@ def test_ablations_race_of_relu_and_tanh(store, tmp_path, monkeypatch, capsys):
     assert [(e["activation"], e["lr"]) for e in lines] == [
         ("relu", 0.01), ("relu", 0.001), ("tanh", 0.01), ("tanh", 0.001)
     ]
-    assert all(len(e["errors"]) == 4 or e["errors"][-1] < 25 or e["limit"] < 8 for e in lines)
+    assert all(len(e["errors"]) == 4 and e["reached"] is None for e in lines)
     assert [net.config["activation"] for _, net in nets] == ["relu"] * 2 + ["tanh"] * 2
     assert all((net.config["dropout"], a.mirror, a.colour) == (0, False, "off") for a, net in nets)
     assert decays == [0.0] * 4
-    assert "25% training error, no regularisation but random crops: relu at rate" in capsys.readouterr().out
+    assert "0% training error: relu at rate 0.01 after over 8 steps; tanh" in capsys.readouterr().out
+    monkeypatch.setattr(ablations, "TARGET", 101)  # reached at the first look; other rates get no more steps
+    ablations.main(["tanh", "--seeds", "2", "--dataset", "sample", "--out", str(tmp_path / "y.jsonl")])
+    lines = utils.read_log(tmp_path / "y.jsonl")
+    assert [(e["seed"], e["reached"], e["limit"]) for e in lines[:2]] == [(0, 2, 8), (0, 2, 2)]
+    assert [(e["activation"], e["lr"]) for e in lines[4:]] == [("relu", 0.01), ("tanh", 0.01)]  # seed 1: the fastest
+    assert "relu at rate 0.01 after 2, 2 steps; tanh at rate 0.01 after 2, 2 steps: ReLU is 1.0 times" in \
+        capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 5_000
 
 
