@@ -14,6 +14,7 @@ seeds: the table says so.
 import contextlib
 import io
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -273,13 +274,16 @@ def race_report(args) -> list[str]:
     texts, means = [], []
     for name, runs in best.items():
         steps = ", ".join(str(e["reached"] or f"over {e['limit']}") for e in runs)
-        texts.append(f"{name} at rate {runs[0]['lr']:g} after {steps} steps")
-        means.append(statistics.mean(e["reached"] or LONGEST for e in runs))
-    if any(e["reached"] is None for e in best["relu"]):
-        return ["", f"{TARGET}% training error: {'; '.join(texts)}"]
-    more = "at least " if any(e["reached"] is None for e in best["tanh"]) else ""
-    return ["", f"{TARGET}% training error, no regularisation but random crops: {'; '.join(texts)}: ReLU is {more}"
-            f"{means[1] / means[0]:.1f} times as fast (paper, figure 1: six times, another net, CIFAR-10)"]
+        tried = sorted(e["lr"] for e in lines(args, cell="race", activation=name, seed=0))
+        tried = ", ".join(f"{rate:g}" for rate in tried)
+        others = f"the fastest of {tried}" if ", " in tried else "the only one tried"
+        texts.append(f"{name} at rate {runs[0]['lr']:g}, {others}: {steps} steps")
+        means.append(statistics.mean(e["reached"] or math.nan for e in runs))
+    text = f"{TARGET}% training error, no regularisation but random crops: {'; '.join(texts)}"
+    if math.isnan(sum(means)):  # one of them never got there: no ratio
+        return ["", text]
+    paper = "paper, figure 1: six times, another net, CIFAR-10"
+    return ["", f"{text}: ReLU is {means[1] / means[0]:.1f} times as fast ({paper})"]
 
 
 def draw(args, path: Path) -> None:

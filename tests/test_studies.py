@@ -170,14 +170,17 @@ def test_ablations_race_of_relu_and_tanh(store, tmp_path, monkeypatch, capsys):
     assert [net.config["activation"] for _, net in nets] == ["relu"] * 2 + ["tanh"] * 2
     assert all((net.config["dropout"], a.mirror, a.colour) == (0, False, "off") for a, net in nets)
     assert decays == [0.0] * 4
-    assert "0% training error: relu at rate 0.01 after over 8 steps; tanh" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "random crops: relu at rate 0.01, the fastest of 0.001, 0.01: over 8 steps; tanh at rate" in printed
+    assert "times as fast" not in printed
     monkeypatch.setattr(ablations, "TARGET", 101)  # reached at the first look; other rates get no more steps
     ablations.main(["tanh", "--seeds", "2", "--dataset", "sample", "--out", str(tmp_path / "y.jsonl")])
     lines = utils.read_log(tmp_path / "y.jsonl")
     assert [(e["seed"], e["reached"], e["limit"]) for e in lines[:2]] == [(0, 2, 8), (0, 2, 2)]
     assert [(e["activation"], e["lr"]) for e in lines[4:]] == [("relu", 0.01), ("tanh", 0.01)]  # seed 1: the fastest
-    assert "relu at rate 0.01 after 2, 2 steps; tanh at rate 0.01 after 2, 2 steps: ReLU is 1.0 times" in \
-        capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the fastest of 0.001, 0.01: 2, 2 steps; tanh at rate 0.01" in printed
+    assert "2, 2 steps: ReLU is 1.0 times as fast" in printed
     assert out.with_suffix(".png").stat().st_size > 5_000
 
 
