@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import utils
 from data import UserError
+from data.augment import Augment
 from data.store import Store
 from model import AlexNet
 from recipe import Schedule
@@ -199,3 +200,11 @@ def store_mean(args, store: Store) -> torch.Tensor:
     """What is subtracted: the mean image (H, W, C), or with --mean channel its means (1, 1, C)."""
     mean = torch.from_numpy(store.mean)
     return mean.mean((0, 1), keepdim=True) if args.mean == "channel" else mean
+
+
+def training_inputs(args, store: Store, device: torch.device) -> Augment:
+    """What makes the net's inputs of stored pictures, by the arguments."""
+    return Augment(
+        args.image_size, store_mean(args, store), mirror=args.mirror, colour=args.colour, pca=store.manifest["pca"],
+        device=device,
+    )

@@ -38,7 +38,7 @@ def starting_net(args, store: Store) -> torch.nn.Module:
 
 def check_options(net: AlexNet, other: dict, path: str) -> None:
     """Refuse weights of a net with other options, and say which options they need."""
-    older = {"lrn_alpha": "2012", "lrn_k": LRN_K, "lrn_across": False}  # what checkpoints without these options had
+    older = {name: NET_OPTIONS[name] for name in ("lrn_alpha", "lrn_k", "lrn_across")}  # checkpoints may lack these
     theirs, needed = older | other["config"], []
     for option, value in net.config.items():
         if option not in ("num_classes", "dropout") and theirs.get(option) != value:

@@ -30,7 +30,7 @@ from data.progress import Progress, duration
 from data.store import Store
 from options import parse, settle
 from recipe import Schedule, make_optimizer, set_rate
-from run import Run, State, check_finite, checkpoint, load_last, run_folder, save_last, store_mean, total_sums
+from run import Run, State, check_finite, checkpoint, load_last, run_folder, save_last, total_sums, training_inputs
 from start import starting_net
 
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
@@ -74,10 +74,7 @@ def fit(run: Run, signals: "Signals") -> int:
     """Train until the schedule, --epochs, --max-steps or a signal ends it. Returns the exit status."""
     args, store, device = run.args, run.store, run.device
     train, val = (Loader(store, split, device, args.workers // run.world) for split in ("train", "val"))
-    inputs = Augment(
-        args.image_size, store_mean(args, store), mirror=args.mirror, colour=args.colour, pca=store.manifest["pca"],
-        device=device,
-    )
+    inputs = training_inputs(args, store, device)
     model = run.net if run.world == 1 else DistributedDataParallel(run.net)
     if args.compile:
         model = torch.compile(model)

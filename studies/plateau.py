@@ -22,13 +22,13 @@ import options
 import train
 import utils
 from data import UserError, sources
-from data.augment import Augment, epoch_tables
+from data.augment import epoch_tables
 from data.cli import Parser, number, run_script, whole
 from data.loader import Loader
 from data.pack import named_store
 from data.progress import Progress
 from recipe import make_optimizer
-from run import store_mean
+from run import training_inputs
 from start import starting_net
 
 # Every choice's values, train.py's first.
@@ -100,10 +100,7 @@ def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: fl
 def batches(args, store, loader: Loader, device):
     """The inputs (n, 3, S, S) and labels (n,) of train.py's first --max-steps steps, torch's generator at each step's
     own seed."""
-    inputs = Augment(
-        args.image_size, store_mean(args, store), mirror=args.mirror, colour=args.colour, pca=store.manifest["pca"],
-        device=device,
-    )
+    inputs = training_inputs(args, store, device)
     step, an_epoch, batch = 0, len(loader) // args.batch_size, args.batch_size
     while step < args.max_steps:
         tables = epoch_tables(args.seed, step // an_epoch, len(loader), store.size - args.image_size, args.crop_runs)

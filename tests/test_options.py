@@ -12,6 +12,7 @@ from helpers import ROOT, command, load, run
 import options
 import train
 from data import UserError, pack
+from data.augment import Augment
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,7 @@ def test_a_store_of_the_smallest_sizes_trains(tmp_path, size):
 def test_every_option_trains(store, tmp_path, monkeypatch):
     """One step with everything switched from its default, all of which arrive."""
     seen = []
-    real = train.Augment
-    monkeypatch.setattr(train, "Augment", lambda *a, **more: seen.append(more) or real(*a, **more))
+    monkeypatch.setattr("run.Augment", lambda *a, **more: seen.append(more) or Augment(*a, **more))
     run(
         store, tmp_path / "run", "--max-steps", 1, "--mean", "channel", "--no-mirror", "--colour", "paper",
         "--columns", 2, "--activation", "tanh", "--no-lrn", "--no-overlap", "--no-dropout", "--recipe", "paper",
