@@ -25,6 +25,7 @@ from data.augment import Augment
 from data.cli import Parser, run_script, shown, whole
 from data.loader import Loader
 from data.pack import named_store
+from data.pictures import open_picture
 from data.store import Store
 
 
@@ -41,21 +42,24 @@ def main(argv=None) -> int:
         return 0
     checkpoints = [utils.load_checkpoint(path, device) for path in paths]
     store = open_store(args, checkpoints[0])
-    split = args.split or ("test" if store.counts.get("test") else "val")
+    labelled_test = store.counts.get("test") and "test" not in store.unlabelled
+    split = args.split or ("test" if labelled_test else "val")
+    unlabelled = split in store.unlabelled
+    if unlabelled and (not args.predictions or args.per_class):
+        raise UserError(f"nobody knows the classes of {shown(store.path)}'s {split} split; --predictions FILE.csv "
+                        "writes what its pictures are taken for")
     members = [member(checkpoint, path, device) for checkpoint, path in zip(checkpoints, paths, strict=True)]
     check_fit(paths, checkpoints, store)
 
     loader = Loader(store, split, device, workers=os.cpu_count() or 1)
-    records = Records(store.classes)
+    records = Records(store.classes, store.names(split))
     wanted = records.add if args.per_class or args.predictions else None
     sums = utils.evaluate(
         members, loader, ten_crop=args.ten_crop, batch_size=args.batch_size, each_batch=wanted
     ).tolist()
-    result = {
-        "top1_error": 100 * sums[1] / len(loader), "top5_error": 100 * sums[2] / len(loader), "images": len(loader),
-        "protocol": "ten-crop" if args.ten_crop else "center", "models": len(members),
-        "top1_interval": utils.wilson_interval(sums[1], len(loader)),
-        "top5_interval": utils.wilson_interval(sums[2], len(loader)), "loss": sums[0] / len(loader),
+    result = {} if unlabelled else errors(sums, len(loader))
+    result |= {
+        "images": len(loader), "protocol": "ten-crop" if args.ten_crop else "center", "models": len(members),
         "split": split, "data": store.name, "checkpoints": [str(path) for path in paths],
     }
     if args.per_class:
@@ -66,11 +70,20 @@ def main(argv=None) -> int:
     return 0
 
 
-class Records:
-    """What each picture was taken for."""
+def errors(sums: list[float], count: int) -> dict:
+    """utils.evaluate's sums over `count` pictures as errors in percent with their 95% intervals, and the mean loss."""
+    return {
+        "top1_error": 100 * sums[1] / count, "top5_error": 100 * sums[2] / count,
+        "top1_interval": utils.wilson_interval(sums[1], count), "top5_interval": utils.wilson_interval(sums[2], count),
+        "loss": sums[0] / count,
+    }
 
-    def __init__(self, classes: list[str]):
-        self.classes, self.rows = classes, []
+
+class Records:
+    """What each picture was taken for. names: what the pictures are called, where the store knows."""
+
+    def __init__(self, classes: list[str], names: list[str] | None):
+        self.classes, self.names, self.rows = classes, names, []
 
     def add(self, indices, probabilities, labels) -> None:
         """One batch: indices in the split, (n, classes) probabilities, labels."""
@@ -94,14 +107,17 @@ class Records:
         return lines
 
     def write(self, path: Path) -> None:
-        """A CSV file, a line for each picture: its index, its class, the five most likely classes and the
-        probability of the first."""
+        """A CSV file, a line for each picture: its index, its name if the store has names, its class (nothing where
+        nobody knows it), the five most likely classes and the probability of the first."""
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         count = min(5, len(self.classes))
-        writer.writerow(["index", "class", *(f"predicted_{n + 1}" for n in range(count)), "probability"])
+        name = ["picture"] if self.names else []
+        writer.writerow(["index", *name, "class", *(f"predicted_{n + 1}" for n in range(count)), "probability"])
         for index, label, found, chance in self.rows:
-            writer.writerow([index, self.classes[label], *(self.classes[f] for f in found), f"{chance:.6f}"])
+            name = [self.names[index]] if self.names else []
+            true = self.classes[label] if label >= 0 else ""
+            writer.writerow([index, *name, true, *(self.classes[f] for f in found), f"{chance:.6f}"])
         utils.write_text(path, text.getvalue())
 
 
@@ -109,7 +125,7 @@ def report(result: dict) -> str:
     models = "1 model" if result["models"] == 1 else f"{result['models']} models, softmax outputs averaged"
     crops = "ten crops, softmax outputs averaged" if result["protocol"] == "ten-crop" else "centre crop"
     lines = [f"{result['data']}, {result['split']} split, {result['images']:,} images; {crops}; {models}"]
-    for k in (1, 5):
+    for k in (1, 5) if "loss" in result else ():
         low, high = result[f"top{k}_interval"]
         lines.append(f"top-{k} error {result[f'top{k}_error']:6.2f}%   (95% interval {low:.2f} to {high:.2f}%)")
     for entry in result.get("per_class", ()):
@@ -127,7 +143,7 @@ def name_pictures(args, paths: list[Path], device) -> None:
     if any(model.classes != classes for model, _ in loaded):
         raise UserError("these checkpoints have different classes and are no ensemble")
     for name in args.images:
-        picture = sources.open_picture(Path(name))
+        picture = open_picture(Path(name))
         with torch.no_grad():
             outputs = [
                 model(inputs).double().softmax(1)[0]

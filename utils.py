@@ -19,8 +19,9 @@ from torch import Tensor
 from data import UserError
 from data.augment import Augment
 from data.loader import Loader
-from data.sources import SHORTER_SIDE, WARPED, to_square
+from data.pictures import SHORTER_SIDE, WARPED, to_square
 from data.store import sync_folder
+from data.trees import UNLABELLED
 from model import AlexNet
 
 ROOT = Path(__file__).resolve().parent
@@ -82,7 +83,7 @@ def evaluate(members, loader: Loader, *, ten_crop=False, batch_size=128, shard=(
                 total = total + net(inputs).double().softmax(1)
                 outputs += 1
         probabilities = total / outputs
-        sums[0] += F.nll_loss(probabilities.clamp_min(1e-300).log(), labels, reduction="sum")
+        sums[0] += F.nll_loss(probabilities.clamp_min(1e-300).log(), labels, ignore_index=UNLABELLED, reduction="sum")
         sums[1:] += error_counts(probabilities, labels)
         if each_batch:
             each_batch(indices, probabilities, labels)

@@ -20,7 +20,7 @@ import torch
 import utils
 from data import UserError
 from data.cli import Parser, run_script, shown
-from data.sources import SHORTER_SIDE, WARPED
+from data.pictures import SHORTER_SIDE, WARPED
 from model import AlexNet
 
 CAFFE_OPTIONS = {"columns": 2, "image_size": 227, "lrn_across": True}

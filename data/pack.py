@@ -1,35 +1,36 @@
 """Pack a source into a store, or verify a store:
 
     python -m data.pack SOURCE [--out data/stores/NAME] [--size N] [--codec jpeg|raw] [--workers N] [--shards N]
-                               [--download yes|no]
+                               [--only-shards A:B] [--download yes|no]
     python -m data.pack --verify STORE
+
+A packing that was killed goes on where it was: the same command keeps the shards that were finished.
 """
 
 import fcntl
-import io
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
 
 from data import UserError, sources
 from data.cli import Parser, run_script, shown, whole
+from data.encode import CHUNK, Moments, encode_chunk
+from data.job import Job, agree, refuse_existing, replace_text, shard_name, tidy
+from data.pictures import SHORTER_SIDE, Files
+from data.pool import in_order, start_pool
 from data.progress import Progress
-from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, encode_record, file_entry, sync_folder
+from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, file_entry, names_file, sync_folder
+from data.trees import UNLABELLED
 
 STORES = Path(__file__).parent / "stores"
-JPEG_QUALITY = 90
-CHUNK = 64  # pictures that a worker encodes at a time
 MAX_SKIPPED = 0.01  # of a split's pictures; more stops the packing
+PICTURES_A_SHARD = 50_000  # of the training split, where --shards does not say
+NAMED_REPAIRS = 100  # names that the manifest keeps of each kind of repair
 
 
 def main(argv=None) -> int:
@@ -38,64 +39,231 @@ def main(argv=None) -> int:
         raise UserError("give a SOURCE to pack or --verify STORE (--help lists the options)")
     if args.verify:
         store = Store(args.verify)
-        verify(store)
+        with start_pool(args.workers) as pool:
+            verify(store, pool)
         print(f"sound   {_summary(store)}")
         return 0
+    if args.only_shards and not args.shards:
+        raise UserError("--only-shards says which of --shards N to pack; give both")
     source = sources.find(args.source, args.download == "yes")
     out = Path(args.out) if args.out else STORES / source.name
-    pack(source, out, size=args.size, codec=args.codec, workers=args.workers, shards=args.shards)
+    pack(source, out, size=args.size, codec=args.codec, workers=args.workers, shards=args.shards, only=args.only_shards)
     return 0
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m data.pack", description="Pack pictures into a store, or verify one.")
-    parser.add_argument("source", nargs="?", help=f"{', '.join(sources.NAMED)}, an ImageFolder tree or an .h5 file")
+    parser.add_argument("source", nargs="?",
+                        help=f"{', '.join(sources.NAMED)}, a folder (ImageFolder tree, ImageNet's official tar files, "
+                        "Kaggle's ImageNet, Caffe's lists) or an .h5 file; data/README.md describes them")
     parser.add_argument("--out", help="folder of the store (default: data/stores/NAME)")
     parser.add_argument("--size", type=whole(63), metavar="N",
                         help="side of the stored pictures in pixels (default: 256, small sets 72)")
     parser.add_argument("--codec", choices=CODECS, help="default: raw for small sets, jpeg (quality 90) otherwise")
     parser.add_argument("--workers", type=whole(1), default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--shards", type=whole(1), default=1, help="LMDB files a split (default: %(default)s)")
+    parser.add_argument("--shards", type=whole(1, 99_999), metavar="N",
+                        help=f"LMDB files a split (default: one for each {PICTURES_A_SHARD:,} training pictures)")
+    parser.add_argument("--only-shards", type=shard_range, metavar="A:B",
+                        help="pack the shards from A up to, not including, B, and leave the others to other machines; "
+                        "the last one makes the store")
     parser.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
     parser.add_argument("--verify", metavar="STORE", help="check every file and record of a store")
     return parser
 
 
-def pack(source, out: Path, *, size=None, codec=None, workers: int = 1, shards: int = 1) -> Store:
+def shard_range(text: str) -> tuple[int, int]:
+    """An argument type: A:B, whole numbers with A < B."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ArgumentTypeError(f"{text} is not a range such as 0:4")
+    return int(first), int(last)
+
+
+def pack(
+    source, out: Path, *, size=None, codec=None, workers: int = 1, shards: int | None = None,
+    only: tuple[int, int] | None = None,
+) -> Store | None:
     """Pack a sources.Source into a new store at `out`, built in a folder beside it, verified, then renamed: a packer
-    that is killed leaves no half store. Raises UserError where `out` exists or more than 1% cannot be read."""
+    that is killed leaves no half store, and the next one keeps its finished shards. only: the shards A up to B alone;
+    None where others are missing still. Raises UserError where `out` exists or more than 1% cannot be read."""
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists; remove it or choose another --out")
-    size, codec = size or source.size, codec or source.codec
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.parent / f".{out.name}.packing"
-    building.mkdir(exist_ok=True)
-    with open(building / "lock", "w") as lock:
+    shards = shards or max(1, len(source.splits["train"].labels) // PICTURES_A_SHARD)
+    job = Job(source, out, size or source.size, codec or source.codec, shards)
+    first, last = only or (0, shards)
+    if last > shards:
+        raise UserError(f"--only-shards {first}:{last}: there are {shards} shards")
+    refuse_existing(job)
+    job.store.mkdir(parents=True, exist_ok=True)
+    with open(job.building / "lock", "a") as lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, forked workers do not inherit it
+            # A byte a shard. Unlike flock's, these locks hold between machines, and forked workers do not inherit them.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, last - first, first)
         except OSError:
             raise UserError(f"another process is packing {out}; wait for it") from None
-        _clear(building)  # what a killed packer left
+        refuse_existing(job)
+        agree(job)
+        print(f"packing {source.name} into {shown(out)} ({job.size} x {job.size} pixels, {job.codec})", flush=True)
         try:
-            print(f"packing {source.name} into {shown(out)} ({size} x {size} pixels, {codec})", flush=True)
-            _write(source, building, size, codec, workers, shards)
-            verify(Store(building))
-            (building / "lock").unlink()
-            building.rename(out)
-            sync_folder(out.parent)
+            with start_pool(workers) as pool:
+                _write(job, pool, range(first, last))
+                if not _complete(job, pool, lock):
+                    return None
         except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
+            tidy(job, range(first, last))
             raise
     store = Store(out)
     print(f"packed  {_summary(store)}", flush=True)
+    for split, kinds in store.manifest["repaired"].items():
+        print(f"mended  {split}: " + ", ".join(f"{kind['count']:,} {word}" for word, kind in kinds.items()), flush=True)
     return store
+
+
+# ---------------------------------------------------------------------------------------------- shards
+
+
+def _write(job: Job, pool, numbers: range) -> None:
+    """Write the shards `numbers` of each split, but for those that are finished."""
+    for split, part in job.source.splits.items():
+        entries = {number: job.finished(split, number) for number in numbers}
+        total = sum(len(job.rows(split, number)) for number in numbers)
+        done = sum(len(job.rows(split, number)) for number, entry in entries.items() if entry)
+        left = int(MAX_SKIPPED * len(part.labels)) - sum(len(entry["skipped"]) for entry in entries.values() if entry)
+        written = None
+        with Progress(f"packing {split}", total, start=done) as progress:
+            for number in numbers:
+                if entries[number]:
+                    continue
+                entry = _write_shard(job, pool, split, number, left, progress)
+                left -= len(entry["skipped"])
+                if written:
+                    _finish(job, *written)
+                # Its checksum is made while the next shard is written.
+                path = job.store / shard_name(split, number) / "data.mdb"
+                written = split, number, entry, pool.submit(file_entry, path)
+        if written:
+            _finish(job, *written)
+
+
+def _write_shard(job: Job, pool, split: str, number: int, may_skip: int, progress) -> dict:
+    """Write one shard, in order: {first: the key of its first record, count, skipped, repaired}."""
+    part, rows, name = job.source.splits[split], job.rows(split, number), shard_name(split, number)
+    shutil.rmtree(job.store / name, ignore_errors=True)  # what a killed packer left
+    writer = ShardWriter(job.store / name)
+    skipped, repaired, moments = [], {}, Moments(job.shape) if split == "train" else None
+    starts = range(rows.start, rows.stop, CHUNK)
+    chunks = (slice(start, min(start + CHUNK, rows.stop)) for start in starts)
+    jobs = ((part.pictures[c], part.labels[c], c.start, job.shape, job.codec, moments is not None) for c in chunks)
+    try:
+        for done in in_order(pool, encode_chunk, jobs):
+            for record in done.records:
+                writer.put(rows.start + writer.count, record)
+            for entry in done.skipped:
+                print(f"left out: {entry['reason']}", file=sys.stderr, flush=True)
+            skipped += done.skipped
+            if len(skipped) > may_skip:
+                raise UserError(
+                    f"{len(skipped)} of {len(part.labels)} pictures of {split} cannot be read, more than "
+                    f"{MAX_SKIPPED:.0%}; first: {skipped[0]['reason']}"
+                )
+            for word, names in done.repaired.items():
+                repaired.setdefault(word, []).extend(names)
+            if moments:
+                moments.add(done.moments)
+            progress.update(len(done.records) + len(done.skipped))
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    if moments:
+        np.savez(job.building / f"{name}.npz", count=moments.count, total=moments.total, products=moments.products)
+    kinds = {word: {"count": len(names), "first": names[:NAMED_REPAIRS]} for word, names in sorted(repaired.items())}
+    return {"first": rows.start, "count": writer.count, "skipped": skipped, "repaired": kinds}
+
+
+def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
+    """Call a shard finished: its .json is written last."""
+    replace_text(job.building / f"{shard_name(split, number)}.json", json.dumps(entry | {"file": file.result()}))
+
+
+# ---------------------------------------------------------------------------------------------- the store
+
+
+def _complete(job: Job, pool, lock) -> bool:
+    """Make the store of finished shards and move it to its place; false where shards are missing."""
+    # Whoever packs other shards lets go of them at this point, too, and then one after the other looks.
+    fcntl.lockf(lock, fcntl.LOCK_UN)
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+    if job.out.exists():
+        return True
+    entries = {split: [job.finished(split, n) for n in range(job.shards)] for split in job.source.splits}
+    missing = sorted({n for part in entries.values() for n, entry in enumerate(part) if not entry})
+    if missing:
+        print(f"finished; shards {', '.join(map(str, missing))} of {job.shards} are missing still", flush=True)
+        return False
+    _describe(job, entries)
+    verify_records(Store(job.store), pool)
+    job.store.rename(job.out)
+    sync_folder(job.out.parent)
+    shutil.rmtree(job.building, ignore_errors=True)
+    return True
+
+
+def _describe(job: Job, entries: dict[str, list[dict]]) -> None:
+    """Write the store's mean, its lists of names and, last, its manifest."""
+    source, moments = job.source, Moments(job.shape)
+    for number in range(job.shards):
+        with np.load(job.building / f"{shard_name('train', number)}.npz") as sums:
+            part = Moments(job.shape)
+            part.count, part.total, part.products = int(sums["count"]), sums["total"], sums["products"]
+            moments.add(part)
+    with open(job.store / MEAN, "wb") as file:
+        np.save(file, moments.mean().astype(np.float32))
+    files = {MEAN: file_entry(job.store / MEAN)}
+    for split, part in source.splits.items():
+        if split != "train" and isinstance(part.pictures, Files):
+            without = {skipped["row"] for entry in entries[split] for skipped in entry["skipped"]}
+            names = [part.pictures.name(row) for row in range(len(part.labels)) if row not in without]
+            replace_text(job.store / names_file(split), "".join(f"{name}\n" for name in names))
+            files[names_file(split)] = file_entry(job.store / names_file(split))
+        for number, entry in enumerate(entries[split]):
+            files[f"{shard_name(split, number)}/data.mdb"] = entry["file"]
+    manifest = {
+        "format": FORMAT, "name": source.name, "classes": source.classes, "wnids": source.wnids,
+        "image_size": job.size, "channels": source.channels, "codec": job.codec, "resize": SHORTER_SIDE,
+        "shards": {
+            split: [
+                {"folder": shard_name(split, number), "count": entry["count"], "first": entry["first"]}
+                for number, entry in enumerate(part)
+            ]
+            for split, part in entries.items()
+        },
+        "unlabelled": [split for split, part in source.splits.items() if (part.labels == UNLABELLED).all()],
+        "skipped": [
+            {"split": split, "picture": skipped["picture"], "reason": skipped["reason"]}
+            for split, part in entries.items() for entry in part for skipped in entry["skipped"]
+        ],
+        "repaired": {split: _repairs(part) for split, part in entries.items() if _repairs(part)},
+        "channel_mean": moments.mean().mean((0, 1)).tolist(), "pca": moments.pca(), "files": files,
+    }
+    replace_text(job.store / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _repairs(entries: list[dict]) -> dict:
+    """{kind: {count, first names}} of a split, from its shards'."""
+    total = {}
+    for entry in entries:
+        for word, kind in entry["repaired"].items():
+            sums = total.setdefault(word, {"count": 0, "first": []})
+            sums["count"] += kind["count"]
+            sums["first"] = (sums["first"] + kind["first"])[:NAMED_REPAIRS]
+    return dict(sorted(total.items()))
 
 
 def _summary(store: Store) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in store.counts.items())
     size = sum(entry["bytes"] for entry in store.manifest["files"].values())
-    return f"{shown(store.path)}: {counts} pictures, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
+    left_out = f", {len(store.manifest['skipped'])} left out" if store.manifest.get("skipped") else ""
+    return f"{shown(store.path)}: {counts} pictures{left_out}, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
 
 
 def named_store(name: str, download: bool | None = True) -> Store:
@@ -109,188 +277,35 @@ def named_store(name: str, download: bool | None = True) -> Store:
     return pack(sources.find(name, download), path, workers=os.cpu_count() or 1)
 
 
-def _clear(building: Path) -> None:
-    for entry in building.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != "lock":
-            entry.unlink()
-
-
-def _write(source, building: Path, size: int, codec: str, workers: int, shards: int) -> None:
-    shape = (size, size, source.channels)
-    moments = Moments(shape)
-    manifest = {
-        "format": FORMAT, "name": source.name, "classes": source.classes, "image_size": size,
-        "channels": source.channels, "codec": codec, "resize": sources.SHORTER_SIDE,
-        "shards": {}, "skipped": [],
-    }
-    with _pool(workers) as pool:
-        for split, part in source.splits.items():
-            manifest["shards"][split] = []
-            with Progress(f"packing {split}", len(part.labels)) as progress:
-                for number, rows in enumerate(np.array_split(np.arange(len(part.labels)), shards)):
-                    folder = f"{split}-{number:05d}"
-                    first = sum(s["count"] for s in manifest["shards"][split])
-                    count, skipped = _write_shard(
-                        pool, part, rows, building / folder, first, shape, codec, progress,
-                        moments if split == "train" else None,
-                    )
-                    manifest["skipped"] += [{"split": split, **entry} for entry in skipped]
-                    manifest["shards"][split].append({"folder": folder, "count": count})
-                    _stop_if_too_many(manifest["skipped"], split, len(part.labels))
-    np.save(building / MEAN, moments.mean().astype(np.float32))
-    manifest["channel_mean"], manifest["pca"] = moments.mean().mean((0, 1)).tolist(), moments.pca()
-    files = [MEAN] + [f"{s['folder']}/data.mdb" for part in manifest["shards"].values() for s in part]
-    manifest["files"] = {name: file_entry(building / name) for name in files}
-    with open(building / MANIFEST, "w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_shard(pool, part, rows, folder: Path, first: int, shape, codec, progress, moments):
-    """Write the pictures `rows` of a split, in order, as records first, first + 1, ...: how many, and what was
-    left out."""
-    writer, skipped = ShardWriter(folder), []
-    try:
-        chunks = (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
-        sums = moments is not None
-        jobs = (([part.pictures[r] for r in chunk], part.labels[chunk], shape, codec, sums) for chunk in chunks)
-        for records, bad, part_sums in _in_order(pool, encode_chunk, jobs):
-            for record in records:
-                writer.put(first + writer.count, record)
-            for entry in bad:
-                print(f"left out: {entry['reason']}", file=sys.stderr)
-            skipped += bad
-            if sums:
-                moments.add(*part_sums)
-            progress.update(len(records) + len(bad))
-        writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
-    return writer.count, skipped
-
-
-def _stop_if_too_many(skipped: list, split: str, total: int) -> None:
-    here = [entry for entry in skipped if entry["split"] == split]
-    if len(here) > MAX_SKIPPED * total:
-        raise UserError(
-            f"{len(here)} of {total} pictures of {split} cannot be read, more than 1%; "
-            f"first: {here[0]['reason']}"
-        )
-
-
-def encode_chunk(job):
-    """In a worker: records, pictures left out, and for the training split (count, sum of the pictures, channel
-    products): whole numbers, so that their totals do not depend on the number of workers."""
-    pictures, labels, (size, _, channels), codec, with_sums = job
-    records, bad = [], []
-    total = np.zeros((size, size, channels), np.int64)
-    products = np.zeros((channels, channels), np.int64)
-    for picture, label in zip(pictures, labels, strict=True):
-        try:
-            pixels = sources.to_square(picture, size, channels)
-            records.append(encode_record(_payload(pixels, codec), int(label), pixels.shape, codec))
-        except Exception as error:  # Pillow raises nearly anything on pictures that are odd enough
-            name = str(picture) if isinstance(picture, Path) else "an array"
-            reason = str(error) if isinstance(error, UserError) else f"{name} cannot be packed ({error!r})"
-            bad.append({"picture": name, "reason": reason})
-            continue
-        if with_sums:
-            total += pixels
-            flat = pixels.reshape(-1, channels).astype(np.float64)
-            products += (flat.T @ flat).astype(np.int64)  # below 2 ** 53: exact
-    return records, bad, (len(records), total, products)
-
-
-def _payload(pixels: np.ndarray, codec: str) -> bytes:
-    if codec == "raw":
-        return pixels.tobytes()
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
-
-
-class Moments:
-    """First and second moments of the training pixels, as exact sums."""
-
-    def __init__(self, shape: tuple[int, int, int]):
-        self.count, self.total = 0, np.zeros(shape, np.int64)
-        self.products = np.zeros((shape[2], shape[2]), np.int64)
-
-    def add(self, count: int, total: np.ndarray, products: np.ndarray) -> None:
-        self.count += count
-        self.total += total
-        self.products += products
-
-    def mean(self) -> np.ndarray:
-        """The mean image, (H, W, C)."""
-        return self.total / max(1, self.count)
-
-    def pca(self) -> dict:
-        """Eigenvalues (largest first) and unit eigenvectors (one a row) of the 3 x 3 covariance of the RGB values of
-        all training pixels (paper, section 4.1); a grey set counts as three equal channels."""
-        channels = self.products.shape[0]
-        pixels = max(1, self.count) * self.total.shape[0] * self.total.shape[1]
-        mean = self.total.sum((0, 1)) / pixels
-        covariance = self.products / pixels - np.outer(mean, mean)
-        if channels == 1:
-            covariance = np.full((3, 3), covariance[0, 0])
-        values, vectors = np.linalg.eigh(covariance)
-        return {"eigenvalues": values[::-1].clip(0).tolist(), "eigenvectors": vectors.T[::-1].tolist()}
-
-
-def verify(store: Store) -> None:
+def verify(store: Store, pool) -> None:
     """Check every file's checksum and every record of a store. Raises UserError at the first fault."""
-    for name, entry in store.manifest["files"].items():
-        if file_entry(store.path / name)["sha256"] != entry["sha256"]:
-            raise UserError(f"{store.path / name} is damaged (wrong SHA-256); copy or pack the store again")
+    for _ in in_order(pool, check_file, ((store.path / name, e) for name, e in store.manifest["files"].items())):
+        pass
+    verify_records(store, pool)
+
+
+def verify_records(store: Store, pool) -> None:
+    """Read every record back and compare its CRC, shape and label. Raises UserError at the first fault."""
+    step = 64 * CHUNK
+    parts = (
+        (store.split(split), start, min(start + step, count))
+        for split, count in store.counts.items() for start in range(0, count, step)
+    )
     with Progress("verifying", sum(store.counts.values())) as progress:
-        for split in store.counts:
-            records = store.split(split)
-            for start in range(0, len(records), CHUNK):
-                part = range(start, min(start + CHUNK, len(records)))
-                records.read(np.asarray(part), check=True)
-                progress.update(len(part))
+        for count in in_order(pool, check_records, parts):
+            progress.update(count)
 
 
-def _pool(workers: int):
-    # Forked workers start at once and do not import the calling script again; elsewhere the system's own way.
-    context = get_context("fork" if "fork" in get_all_start_methods() else None)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+def check_file(job) -> None:
+    path, entry = job
+    if file_entry(path)["sha256"] != entry["sha256"]:
+        raise UserError(f"{path} is damaged (wrong SHA-256); copy or pack the store again")
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
-
-
-def _in_order(pool, function, jobs):
-    """Results in the order of the jobs, with a bounded number of jobs on their way."""
-    waiting = deque()
-    limit = 2 * pool._max_workers
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) >= limit:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a packing process was killed (out of memory?); try fewer --workers") from None
-    finally:
-        for future in waiting:
-            future.cancel()
+def check_records(job) -> int:
+    records, start, stop = job
+    records.check(np.arange(start, stop))
+    return stop - start
 
 
 if __name__ == "__main__":

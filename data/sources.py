@@ -1,99 +1,34 @@
 """Sources: where pictures come from before they are packed. Named sets (torchvision fetches and checks their
-archives), ImageFolder trees and HDF5 files."""
+archives) and HDF5 files; trees.py has folders and lists, imagenet.py ImageNet's own layouts."""
 
 import gzip
+import os
 import threading
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from data import UserError
+from data import UserError, imagenet
 from data.cli import shown
+from data.trees import Source, Split, caffe_lists, image_folder
 
 NAMED = ("cifar10", "cifar100", "fashion-mnist", "sample")
 DOWNLOADS = Path(__file__).parent / "downloads"
 SAMPLE = Path(__file__).parent / "sample" / "fashion-mnist-sample.h5"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-# How a picture becomes a square: in stores, and as Caffe's users did it before packing.
-SHORTER_SIDE, WARPED = "shorter side, antialiased bilinear, centre", "warped, antialiased bilinear"
 VALIDATION = 5000  # training images that a named small set gives up for validation
 VALIDATION_SEED = 2012
 PROBE_SECONDS = 5
+SMALL_HDF5 = 2**28  # bytes of a dataset that is read at once
 
 
 class Unavailable(UserError):
     """A named set that is neither on disk nor can be downloaded."""
-
-
-@dataclass
-class Split:
-    """Pictures (paths, or uint8 arrays (H, W) or (H, W, 3)) and their labels, (n,) int64."""
-
-    pictures: Sequence
-    labels: np.ndarray
-
-
-@dataclass
-class Source:
-    """What a store is packed from. size and codec are the store's defaults; channels is 1 for a grey set."""
-
-    name: str
-    classes: list[str]
-    splits: dict[str, Split]
-    size: int
-    codec: str
-    channels: int
-
-
-def to_square(
-    picture: Path | np.ndarray | Image.Image, size: int, channels: int = 3, resize: str = SHORTER_SIDE
-) -> np.ndarray:
-    """A picture as (size, size, channels) uint8: the shorter side resized to `size`, antialiased (Pillow's bilinear
-    filter), and the centre kept (paper, section 2). The one way into a store and into a net, `channels` 1 or 3.
-    resize: WARPED instead squeezes the whole picture into the square, as Caffe's users did; for converted nets only.
-
-    Raises UserError for a file that cannot be read as a picture.
-    """
-    if isinstance(picture, Path):
-        picture = open_picture(picture)
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    picture = _upright(picture)
-    if picture.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them to white
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    # Pillow's box: pixels beside the square still count where the filter reaches over its edge.
-    box = None if resize == WARPED else (left, top, left + side, top + side)
-    square = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(square).reshape(size, size, channels)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture from a file, decoded. Raises UserError."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-        raise UserError(f"{path} cannot be read as a picture ({error})") from None
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF tag says; a picture whose EXIF block is damaged stays as it is."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # struct.error, AttributeError, SyntaxError, ... by what the damage hits
-        return picture
 
 
 def find(name: str, download: bool = True) -> Source:
@@ -114,12 +49,25 @@ def find(name: str, download: bool = True) -> Source:
 
 def _from_path(path: Path) -> Source:
     if path.is_dir():
-        return _image_folder(path)
-    if path.suffix in (".h5", ".hdf5") and path.is_file():
-        return _hdf5(path, _own_name(path.stem))
-    if path.exists():
-        raise UserError(f"{path} is neither a folder nor an .h5 file")
-    raise UserError(f"{path}: no such data set, folder or file; the named sets are {', '.join(NAMED)}")
+        if imagenet.is_kaggle(path):
+            source = imagenet.kaggle(path)
+        elif imagenet.is_official(path):
+            source = imagenet.official(path)
+        elif (path / "train.txt").is_file() and (path / "val.txt").is_file():
+            source = caffe_lists(path)
+        else:
+            source = image_folder(path)
+    elif path.name in (imagenet.TRAIN_TAR, imagenet.VAL_TAR) and path.is_file():
+        source = imagenet.official(path.parent)
+    elif path.suffix in (".h5", ".hdf5") and path.is_file():
+        source = _hdf5(path, path.stem)
+    elif path.exists():
+        raise UserError(f"{path} is neither a folder, an .h5 file nor one of ImageNet's official tar files")
+    else:
+        raise UserError(f"{path}: no such data set, folder or file; the named sets are {', '.join(NAMED)}")
+    if source.name in NAMED:  # a user's own data set never has the name of a named one
+        source.name = f"my-{source.name}"
+    return source
 
 
 # ---------------------------------------------------------------------------------------------- named sets
@@ -231,48 +179,37 @@ def _unreachable(url: str) -> str:
     return answer[0]
 
 
-# ---------------------------------------------------------------------------------------------- files of users
+# ---------------------------------------------------------------------------------------------- HDF5 files
 
 
-def _image_folder(root: Path) -> Source:
-    """A tree ROOT/train/CLASS/..., ROOT/val/CLASS/... and perhaps ROOT/test/CLASS/..., files at any depth."""
-    for needed in ("train", "val"):
-        if not (root / needed).is_dir():
-            raise UserError(f"{root} has no folder {needed}/; expected {root}/{{train,val}}/CLASS/PICTURES")
-    classes = _subfolders(root / "train")
-    if not classes:
-        raise UserError(f"{root / 'train'} has no class folders; expected {root}/train/CLASS/PICTURES")
-    splits = {}
-    for split in ("train", "val", "test"):
-        folder = root / split
-        if not folder.is_dir():
-            continue
-        found = _subfolders(folder)
-        if found != classes:
-            odd = sorted(set(found) ^ set(classes))
-            raise UserError(f"the class folders of {folder} and {root / 'train'} differ: {', '.join(odd[:5])}")
-        splits[split] = _labelled_files(folder, classes)
-    return Source(_own_name(root.resolve().name), classes, splits, size=256, codec="jpeg", channels=3)
+class Rows(Sequence):
+    """Pictures `start` to `stop` of a dataset of an HDF5 file, (N, H, W[, 3]) uint8, read one at a time when they are
+    wanted, by any process."""
+
+    def __init__(self, path: Path, name: str, start: int, stop: int):
+        self.path, self.name, self.start, self.stop = path, name, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return Rows(self.path, self.name, self.start + start, self.start + stop)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            return _dataset(self.path, self.name, os.getpid())[self.start + index]
+        except OSError as error:
+            raise UserError(f"{self.name} {self.start + index} cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def _own_name(name: str) -> str:
-    """A user's own data set never has the name of a named one."""
-    return f"my-{name}" if name in NAMED else name
+@lru_cache(maxsize=1)
+def _dataset(path: Path, name: str, process: int):
+    """A dataset, opened once a process (HDF5 does not survive a fork) and kept with the chunk that it has unpacked."""
+    import h5py
 
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _labelled_files(folder: Path, classes: list[str]) -> Split:
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
-        if not files:
-            raise UserError(f"{folder / name} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-        paths += files
-        labels += [label] * len(files)
-    return Split(paths, np.asarray(labels, np.int64))
+    return h5py.File(path, "r", rdcc_nbytes=64 << 20)[name]
 
 
 def _hdf5(path: Path, name: str) -> Source:
@@ -284,31 +221,37 @@ def _hdf5(path: Path, name: str) -> Source:
         with h5py.File(path, "r") as file:
             names = np.atleast_1d(file.attrs["classes"])
             classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
-            splits = {
-                split: Split(file[split]["images"][:], np.asarray(file[split]["labels"]))
+            found = {
+                split: (file[split]["images"], np.asarray(file[split]["labels"]))
                 for split in ("train", "val", "test")
                 if split in file
             }
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+            _check_hdf5(path, classes, found)
+            shape = found["train"][0].shape
+            splits = {
+                split: Split(
+                    images[:] if images.nbytes <= SMALL_HDF5 else Rows(path.resolve(), images.name, 0, len(images)),
+                    labels.astype(np.int64),
+                )
+                for split, (images, labels) in found.items()
+            }
+    except UserError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a data set ({reason}); data/README.md has its form") from None
-    _check_hdf5(path, classes, splits)
     if "val" not in splits:
         print(f"{path} has no val/: its test/ drives the learning rate instead", flush=True)
         splits["val"] = splits.pop("test")
-    for part in splits.values():
-        part.labels = part.labels.astype(np.int64)
-    images = splits["train"].pictures
-    small = max(images.shape[1:3]) < 128
-    channels = 1 if images.ndim == 3 else 3
+    small = max(shape[1:3]) < 128
+    channels = 1 if len(shape) == 3 else 3
     return Source(name, classes, splits, 72 if small else 256, "raw" if small else "jpeg", channels)
 
 
-def _check_hdf5(path: Path, classes: list[str], splits: dict[str, Split]) -> None:
+def _check_hdf5(path: Path, classes: list[str], splits: dict) -> None:
     if "train" not in splits or len(splits) < 2:
         raise UserError(f"{path} needs train/ and val/ or test/, and has {', '.join(splits) or 'none of them'}")
-    for split, part in splits.items():
-        images, labels = part.pictures, part.labels
+    for split, (images, labels) in splits.items():
         grey = images.ndim == 3
         if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
             raise UserError(f"{path}: {split}/images must be uint8 (N, H, W) or (N, H, W, 3), not {images.shape}")

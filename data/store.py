@@ -16,7 +16,7 @@ import numpy as np
 
 from data import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 MEAN = "mean.npy"
 CODECS = ("raw", "jpeg")
@@ -39,18 +39,23 @@ def encode_record(payload: bytes, label: int, shape: tuple[int, int, int], codec
 def decode_record(value, check: bool) -> tuple[np.ndarray, int]:
     """Picture (H, W, C) uint8 and label of one record. JPEG records are always checked against their CRC, raw ones
     where `check` is true. Raises ValueError for a damaged record."""
+    payload, shape, label, codec = open_record(value, check)
+    if codec == "jpeg":
+        return _decode_jpeg(payload, shape[2]), label
+    return np.frombuffer(payload, np.uint8).reshape(shape), label
+
+
+def open_record(value, check: bool) -> tuple[memoryview, tuple[int, int, int], int, str]:
+    """(bytes, shape, label, codec) of one record, the bytes not decoded yet; checked as decode_record says."""
     if len(value) < HEADER.size:
         raise ValueError("the record is too short")
     magic, label, height, width, channels, codec, _, crc, length = HEADER.unpack_from(value)
     payload = memoryview(value)[HEADER.size :]
     if magic != MAGIC or len(payload) != length or codec >= len(CODECS):
         raise ValueError("the record's header is damaged")
-    jpeg = CODECS[codec] == "jpeg"
-    if (check or jpeg) and zlib.crc32(payload) != crc:
+    if (check or CODECS[codec] == "jpeg") and zlib.crc32(payload) != crc:
         raise ValueError("the record's checksum does not match")
-    if jpeg:
-        return _decode_jpeg(payload, channels), label
-    return np.frombuffer(payload, np.uint8).reshape(height, width, channels), label
+    return payload, (height, width, channels), label, CODECS[codec]
 
 
 def _decode_jpeg(payload, channels: int) -> np.ndarray:
@@ -69,7 +74,8 @@ class Store:
     path: its folder. Files' sizes are compared with the manifest before anything is mapped, because reading past the
     end of a mapped file kills the process. Raises UserError where something is missing, torn or too new.
 
-    classes: names, by label. size: the pictures' side in pixels. channels: 1 or 3. mean: (size, size, channels)
+    classes: names, by label. wnids: those of the classes, or None. unlabelled: splits whose classes nobody knows.
+    size: the pictures' side in pixels. channels: 1 or 3. mean: (size, size, channels)
     float32. counts: pictures per split. fingerprint: SHA-256 of the manifest.
     """
 
@@ -87,6 +93,8 @@ class Store:
         self.fingerprint = hashlib.sha256(text).hexdigest()
         self.name: str = self.manifest["name"]
         self.classes: list[str] = self.manifest["classes"]
+        self.wnids: list[str] | None = self.manifest.get("wnids")
+        self.unlabelled: list[str] = self.manifest.get("unlabelled", [])
         self.size: int = self.manifest["image_size"]
         self.channels: int = self.manifest["channels"]
         self.codec: str = self.manifest["codec"]
@@ -124,6 +132,15 @@ class Store:
             raise UserError(f"{self.path} has no split {name!r}, only {', '.join(self.counts)}")
         return Records(self, name)
 
+    def names(self, split: str) -> list[str] | None:
+        """What the pictures of a split are called, in their order, where the store knows."""
+        file = names_file(split)
+        return (self.path / file).read_text().splitlines() if file in self.manifest["files"] else None
+
+
+def names_file(split: str) -> str:
+    return f"{split}-names.txt"
+
 
 class Records:
     """Random access to one split. Environments are opened at the first read of a process, so an object can travel
@@ -133,9 +150,11 @@ class Records:
         shards = store.manifest["shards"][split]
         self.path = store.path
         self.shape = (store.size, store.size, store.channels)
-        self.classes = len(store.classes)
+        self.labels = range(-1, 0) if split in store.unlabelled else range(len(store.classes))
         self.folders = [shard["folder"] for shard in shards]
         self.starts = np.cumsum([0] + [shard["count"] for shard in shards])
+        # The key of a shard's first picture; format 1 had no gaps where pictures were left out.
+        self.keys = [shard.get("first", start) for shard, start in zip(shards, self.starts.tolist(), strict=False)]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -144,30 +163,47 @@ class Records:
         """Pictures (n, H, W, C) uint8 and labels (n,) int64. check: compare the CRC of raw records, too."""
         images = np.empty((len(indices), *self.shape), np.uint8)
         labels = np.empty(len(indices), np.int64)
-        shards = np.searchsorted(self.starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            with _environment(self.path / self.folders[shard]).begin(buffers=True) as transaction:
-                for row in np.flatnonzero(shards == shard):
-                    images[row], labels[row] = self._one(transaction, int(indices[row]), check)
+
+        def keep(row: int, value) -> None:
+            images[row], labels[row] = self._checked(*decode_record(value, check))
+
+        self._each(indices, keep)
         return images, labels
 
-    def _one(self, transaction, index: int, check: bool) -> tuple[np.ndarray, int]:
+    def check(self, indices) -> None:
+        """Compare the records' CRCs, shapes and labels without decoding anything. Raises UserError."""
+
+        def look(_, value) -> None:
+            _, shape, label, _ = open_record(value, check=True)
+            self._checked(np.empty(shape, np.uint8), label)
+
+        self._each(indices, look)
+
+    def _each(self, indices, use) -> None:
+        """Call use(row, record of indices[row]), shard after shard; what goes wrong becomes a UserError."""
         import lmdb
 
-        try:
-            value = transaction.get(record_key(index))
-            if value is None:
-                raise ValueError("the record is missing")
-            picture, label = decode_record(value, check)
-            if picture.shape != self.shape:
-                raise ValueError(f"the picture's shape is {picture.shape} instead of {self.shape}")
-            if not 0 <= label < self.classes:
-                raise ValueError(f"label {label} is not one of {self.classes} classes")
-        except (ValueError, lmdb.Error) as error:
-            raise UserError(
-                f"{self.path}: picture {index}: {error}; copy or pack the store again "
-                f"(python -m data.pack --verify {self.path} checks all of it)"
-            ) from None
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        for shard in np.unique(shards):
+            before = self.keys[shard] - int(self.starts[shard])
+            with _environment(self.path / self.folders[shard]).begin(buffers=True) as transaction:
+                for row in np.flatnonzero(shards == shard):
+                    try:
+                        value = transaction.get(record_key(before + int(indices[row])))
+                        if value is None:
+                            raise ValueError("the record is missing")
+                        use(row, value)
+                    except (ValueError, lmdb.Error) as error:
+                        raise UserError(
+                            f"{self.path}: picture {indices[row]}: {error}; copy or pack the store again "
+                            f"(python -m data.pack --verify {self.path} checks all of it)"
+                        ) from None
+
+    def _checked(self, picture: np.ndarray, label: int) -> tuple[np.ndarray, int]:
+        if picture.shape != self.shape:
+            raise ValueError(f"the picture's shape is {picture.shape} instead of {self.shape}")
+        if label not in self.labels:
+            raise ValueError(f"label {label} is not one of {len(self.labels)} classes")
         return picture, label
 
 

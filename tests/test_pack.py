@@ -24,14 +24,15 @@ def files(store: Store) -> dict:
 
 
 def test_the_store_holds_what_the_source_gives(store):
-    """Every picture as PIL's own resize makes it, in order, with its label."""
+    """Every picture as PIL's own resize makes it (within 2 of 255), in order, with its label."""
     source = small_source()
     assert store.counts == {"train": 96, "val": 21, "test": 30}
     for split, part in source.splits.items():
         images, labels = store.split(split).read(np.arange(len(part.labels)), check=True)
         assert np.array_equal(labels, part.labels)
         for ours, picture in zip(images, part.pictures, strict=True):
-            assert np.array_equal(ours, np.asarray(Image.fromarray(picture).resize((72, 72), Image.BILINEAR)))
+            by_pil = Image.fromarray(picture).resize((72, 72), Image.BILINEAR)
+            assert np.abs(ours.astype(int) - np.asarray(by_pil)).max() <= 2
 
 
 def test_mean_image_and_pca_are_numpys(store):
@@ -101,7 +102,10 @@ def test_unreadable_pictures_are_named_and_stop_the_packing_over_one_percent(tre
     store = pack.pack(sources.find(str(tree)), tmp_path / "fine", size=64)
     assert store.counts["train"] == 211
     assert "x000.png" in capfd.readouterr().err
-    assert [e["picture"] for e in store.manifest["skipped"]] == [str(tree / "train/cat/x000.png")]
+    assert store.manifest["skipped"] == [{
+        "split": "train", "picture": "cat/x000.png",
+        "reason": "cat/x000.png cannot be read as a picture (no format that is known)",
+    }]
     for number in range(1, 4):
         (tree / f"train/cat/x{number:03d}.png").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"4 of 212 pictures of train cannot be read, more than 1%"):
@@ -202,7 +206,7 @@ def test_bad_arguments_are_one_line(arguments, message):
 def test_manifest_is_complete(store):
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert set(manifest) == {
-        "format", "name", "classes", "image_size", "channels", "codec", "resize", "shards", "skipped",
-        "channel_mean", "pca", "files",
+        "format", "name", "classes", "wnids", "image_size", "channels", "codec", "resize", "shards", "unlabelled",
+        "skipped", "repaired", "channel_mean", "pca", "files",
     }
     assert set(manifest["files"]) == {"mean.npy", "train-00000/data.mdb", "val-00000/data.mdb", "test-00000/data.mdb"}

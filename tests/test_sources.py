@@ -1,6 +1,5 @@
-"""data/sources.py: the resize rule, named sets on archives of their real format, trees and HDF5 files of users."""
+"""data/sources.py: named sets on archives of their real format, trees and HDF5 files of users."""
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -15,11 +14,10 @@ import h5py
 import numpy as np
 import pytest
 from conftest import pictures
-from PIL import Image
 from torchvision import datasets
-from torchvision.transforms import v2
 
 from data import UserError, pack, sources
+from data.pictures import to_square
 
 
 @pytest.fixture
@@ -30,73 +28,9 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "_unreachable", lambda url: "no route")
 
 
-@pytest.mark.parametrize("width_height", [(100, 60), (61, 200), (72, 72), (500, 375), (28, 28)])
-def test_resize_is_shorter_side_and_centre(width_height):
-    """Close to torchvision's Resize (antialiased) and CenterCrop, whose size is rounded to whole pixels first."""
-    picture = Image.fromarray(pictures(1, (*width_height[::-1], 3))[0])
-    ours = sources.to_square(picture, 72).astype(int)
-    theirs = v2.CenterCrop(72)(v2.Resize(72, antialias=True)(picture))
-    assert ours.shape == (72, 72, 3)
-    assert np.abs(ours - np.asarray(theirs)).mean() < 1.5
-
-
 def test_a_tree_is_stored_at_256_as_jpeg(tree):
     source = sources.find(str(tree))
     assert (source.size, source.codec) == (256, "jpeg")
-
-
-def test_a_warped_picture_keeps_its_edges():
-    """What Caffe's users did: the whole picture squeezed into the square."""
-    picture = Image.fromarray(pictures(1, (60, 100, 3))[0])
-    by_pil = np.asarray(picture.resize((72, 72), Image.Resampling.BILINEAR))
-    assert np.array_equal(sources.to_square(picture, 72, resize=sources.WARPED), by_pil)
-    assert not np.array_equal(sources.to_square(picture, 72), by_pil)
-
-
-def test_resize_of_a_square_picture_is_pils():
-    picture = Image.fromarray(pictures(1, (200, 200, 3))[0])
-    assert np.array_equal(sources.to_square(picture, 72), np.asarray(picture.resize((72, 72), Image.BILINEAR)))
-
-
-def test_every_kind_of_picture_becomes_rgb_or_grey():
-    for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
-        picture = Image.new("L", (90, 80), 100).convert(mode) if mode != "I;16" else Image.new("I;16", (90, 80))
-        assert sources.to_square(picture, 64).shape == (64, 64, 3), mode
-        assert sources.to_square(picture, 64, channels=1).shape == (64, 64, 1), mode
-
-
-def test_sixteen_bits_become_eight():
-    ramp = np.linspace(0, 65535, 80 * 80).astype(np.uint16).reshape(80, 80)
-    for picture in (Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32))):
-        square = sources.to_square(picture, 80)
-        assert np.array_equal(square[..., 0], ramp >> 8), picture.mode
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_exif_leaves_no_traceback(tmp_path):
-    """Bits flipped in a JPEG's EXIF block: a picture or a UserError, nothing else."""
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E], exif[0x8769] = 6, "words", {0x9000: b"0231", 0x829A: (1, 3)}
-    Image.effect_noise((80, 80), 50).save(tmp_path / "a.jpg", exif=exif)
-    whole, rng = (tmp_path / "a.jpg").read_bytes(), np.random.default_rng(0)
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for where in rng.integers(4, 200, 3):
-            damaged[where] ^= 1 << rng.integers(8)
-        (tmp_path / "b.jpg").write_bytes(damaged)
-        with contextlib.suppress(UserError):
-            assert sources.to_square(tmp_path / "b.jpg", 64).shape == (64, 64, 3)
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    picture = Image.new("RGB", (80, 80))
-    picture.paste((255, 0, 0), (0, 0, 80, 40))  # red above
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: red comes to the right
-    picture.save(tmp_path / "turned.png", exif=exif)
-    square = sources.to_square(tmp_path / "turned.png", 64)
-    assert square[32, 60].tolist() == [255, 0, 0]
-    assert square[32, 4].tolist() == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------- named sets
@@ -148,7 +82,7 @@ def test_cifar_archives(name, tmp_path, monkeypatch, no_network):
     store = pack.pack(source, tmp_path / "store")
     assert (store.size, store.codec, len(store.classes)) == (72, "raw", 10 if name == "cifar10" else 100)
     pixels, _ = store.split("test").read(np.arange(10))
-    assert np.array_equal(pixels[3], sources.to_square(source.splits["test"].pictures[3], 72))
+    assert np.array_equal(pixels[3], to_square(source.splits["test"].pictures[3], 72))
 
 
 def test_a_torn_cifar_archive_is_not_taken_and_nothing_is_fetched(tmp_path, monkeypatch, no_network):
@@ -225,7 +159,6 @@ def test_the_bundled_sample():
     assert {s: np.bincount(p.labels).tolist() for s, p in source.splits.items()} == {
         "train": [600] * 10, "val": [100] * 10, "test": [100] * 10,
     }
-    assert source.splits["train"].pictures.shape == (6000, 28, 28)
     assert sources.SAMPLE.stat().st_size <= 4_000_000
     everything = np.concatenate([p.pictures for p in source.splits.values()]).reshape(8000, -1)
     assert len(np.unique(everything, axis=0)) > 7990  # Fashion-MNIST itself repeats a few pictures
@@ -266,12 +199,18 @@ def hdf5(path, **parts):
     return str(path)
 
 
-def test_hdf5_files(tmp_path):
+@pytest.mark.parametrize("at_once", [0, 10**6])
+def test_hdf5_files(tmp_path, monkeypatch, at_once):
+    """Small ones are read whole, large ones a picture at a time, by the workers."""
+    monkeypatch.setattr(sources, "SMALL_HDF5", at_once)
     images, labels = pictures(8, (40, 40, 3)), np.arange(8) % 2
     source = sources.find(hdf5(tmp_path / "x.h5", train=(images, labels), test=(images[:4], labels[:4])))
     assert list(source.splits) == ["train", "val"]  # the only other split drives the learning rate
-    assert np.array_equal(source.splits["train"].pictures, images)
+    assert np.array_equal(np.stack(source.splits["train"].pictures), images)
     assert (source.name, source.size, source.codec, source.channels) == ("x", 72, "raw", 3)
+    assert (type(source.splits["val"].pictures) is np.ndarray) == bool(at_once)
+    store = pack.pack(source, tmp_path / "store", workers=2)
+    assert np.array_equal(store.split("train").read(np.arange(8))[0], [to_square(image, 72) for image in images])
     for parts, message in (
         ({"train": (images, labels)}, "needs train/ and val/"),
         ({"train": (images, labels[:5]), "val": (images, labels)}, "8 images and 5 labels"),

@@ -78,8 +78,8 @@ def test_file_format_is_that_of_lmdb_09(store):
 
 
 def test_a_newer_format_is_refused(copy):
-    edit_manifest(copy, format=2)
-    with pytest.raises(UserError, match=r"store format 2, this code reads up to 1"):
+    edit_manifest(copy, format=3)
+    with pytest.raises(UserError, match=r"store format 3, this code reads up to 2"):
         store.Store(copy)
 
 

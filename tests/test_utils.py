@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 import utils
-from data import UserError, sources
+from data import UserError
 from data.augment import Augment
 from data.loader import Loader
+from data.pictures import to_square
 from model import AlexNet
 
 
@@ -192,7 +193,7 @@ def test_load_model_prepares_pictures_as_training_did(run_folder, store):
     assert not model.training
     assert model.classes == store.classes
     picture = Image.effect_noise((300, 200), 80).convert("RGB")
-    stored = sources.to_square(picture, 72)
+    stored = to_square(picture, 72)
     expected = (stored[4:68, 4:68] - store.mean[4:68, 4:68]).transpose(2, 0, 1)
     assert np.array_equal(prepare(picture)[0].numpy(), expected)
     assert prepare([picture, picture]).shape == (2, 3, 64, 64)

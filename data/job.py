@@ -1,0 +1,122 @@
+"""One packing, from its options to its folder of finished shards, which outlives a packer that is killed."""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from data import UserError
+from data.cli import shown
+from data.pictures import Files
+from data.store import FORMAT, sync_folder
+from data.trees import Source
+
+
+@dataclass
+class Job:
+    """One packing: what is made of a source, and where. `building` lies beside the store that is to be, and holds its
+    folder `store`, a .json for each finished shard and, of training shards, an .npz with the sums of their pixels."""
+
+    source: Source
+    out: Path
+    size: int
+    codec: str
+    shards: int
+
+    @property
+    def building(self) -> Path:
+        return self.out.parent / f".{self.out.name}.packing"
+
+    @property
+    def store(self) -> Path:
+        return self.building / "store"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, self.source.channels
+
+    @cached_property
+    def settings(self) -> dict:
+        """What finished shards must agree on to be kept."""
+        settings = {
+            "format": FORMAT, "classes": self.source.classes, "size": self.size, "codec": self.codec,
+            "channels": self.source.channels, "shards": self.shards,
+        }
+        for split, part in self.source.splits.items():
+            digest = hashlib.sha256(part.labels.tobytes())
+            if isinstance(part.pictures, Files):
+                for index in range(len(part.pictures)):
+                    digest.update(part.pictures.name(index).encode() + b"\n")
+            settings[f"pictures of {split}"] = digest.hexdigest()
+        return settings
+
+    def rows(self, split: str, number: int) -> range:
+        """The pictures of a split that go into one of its shards."""
+        count, more = divmod(len(self.source.splits[split].labels), self.shards)
+        first = number * count + min(number, more)
+        return range(first, first + count + (number < more))
+
+    def finished(self, split: str, number: int) -> dict | None:
+        """What the .json of a shard says, if it is there and the shard's file is."""
+        name = shard_name(split, number)
+        try:
+            entry = json.loads((self.building / f"{name}.json").read_text())
+            return entry if (self.store / name / "data.mdb").stat().st_size == entry["file"]["bytes"] else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}"
+
+
+def refuse_existing(job: Job) -> None:
+    if job.out.exists():
+        if job.building.exists() and not job.store.exists():  # a packer was killed just after its last step
+            shutil.rmtree(job.building, ignore_errors=True)
+        raise UserError(f"{job.out} exists; remove it or choose another --out")
+
+
+def agree(job: Job) -> None:
+    """Keep finished shards of an earlier packing of the same things; refuse to mix them with others."""
+    file = job.building / "job.json"
+    there = {}
+    if any(job.building.glob("*-*.json")):
+        with suppress(OSError, ValueError):
+            there = json.loads(file.read_text())
+        odd = [name for name, value in job.settings.items() if there.get(name) != value]
+        if odd:
+            raise UserError(
+                f"{job.building} has finished shards of another packing (not the same: {', '.join(odd)}); remove it, "
+                "or give the same options and the same pictures"
+            )
+    if there != job.settings:
+        replace_text(file, json.dumps(job.settings))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    beside = path.with_name(f"{path.name}.writing")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def tidy(job: Job, numbers: range) -> None:
+    """After a failure: remove what is not finished, and everything where nothing is."""
+    every = [(split, number) for split in job.source.splits for number in range(job.shards)]
+    kept = [shard for shard in every if job.finished(*shard)]
+    if not kept and len(numbers) == job.shards:
+        shutil.rmtree(job.building, ignore_errors=True)
+        return
+    for split, number in every:
+        if number in numbers and (split, number) not in kept:
+            shutil.rmtree(job.store / shard_name(split, number), ignore_errors=True)
+    print(f"{len(kept)} of {len(every)} shards are kept in {shown(job.building)}; the same command goes on", flush=True)

@@ -1,0 +1,219 @@
+"""Pictures as people have them, odd ones included, become uint8 squares.
+
+`to_square` is the one way into a store and into a net. Plain JPEG files are decoded by simplejpeg, to the same pixels
+as Pillow's and faster (results/README.md has the comparison); whatever is odd about a file goes through Pillow.
+"""
+
+import io
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
+
+from data import UserError
+
+# What a file's ending promises; Pillow looks at the content and opens these formats only.
+ENDINGS = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".ppm": "PPM", ".pgm": "PPM",
+    ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF",
+}
+FORMATS = sorted(set(ENDINGS.values()))
+# How a picture becomes a square: in stores, and as Caffe's users did it before packing.
+SHORTER_SIDE, WARPED = "shorter side, antialiased bilinear, centre", "warped, antialiased bilinear"
+MAX_PIXELS = 2**28 // 3  # Pillow's own limit, a quarter of a GiB in RGB; more is taken for a decompression bomb
+MAX_BYTES = 2**28  # of a picture's file
+
+
+@dataclass(frozen=True)
+class File:
+    """A picture that is still a file, or a member of an uncompressed tar: `size` bytes from `offset` of `path`.
+    name: what it is called in a store, whatever archive or folder it lies in."""
+
+    name: str
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes of the file. Raises UserError."""
+        try:
+            status = os.stat(self.path)
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise UserError(f"{self.name} cannot be read (it is no regular file)")
+            size = status.st_size if self.size is None else self.size
+            if size > MAX_BYTES:
+                raise UserError(f"{self.name} has {size} bytes, more than any picture ({MAX_BYTES})")
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                return file.read(size)
+        except OSError as error:
+            raise UserError(f"{self.name} cannot be read ({error.strerror})") from None
+
+
+class Files(Sequence):
+    """Many Files, without an object for each: a set of a million pictures fits into memory, and a slice of it travels
+    to another process.
+
+    place: a folder; members: paths within it. With offsets and sizes, (n,) int64: a tar, and members of it.
+    flat: whether a picture is called by the last part of its path alone.
+    """
+
+    def __init__(self, place: str, members: list[str], flat: bool, offsets=None, sizes=None):
+        self.place, self.members, self.flat, self.offsets, self.sizes = place, members, flat, offsets, sizes
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        """What a picture is called, fit for a line of UTF-8."""
+        name = self.members[index].rpartition("/")[2] if self.flat else self.members[index]
+        return name.replace("\n", " ").encode(errors="backslashreplace").decode()
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            offsets, sizes = (None if part is None else part[index] for part in (self.offsets, self.sizes))
+            return Files(self.place, self.members[index], self.flat, offsets, sizes)
+        if self.offsets is None:
+            return File(self.name(index), os.path.join(self.place, self.members[index]))
+        return File(self.name(index), self.place, int(self.offsets[index]), int(self.sizes[index]))
+
+
+def to_square(
+    picture: Path | File | np.ndarray | Image.Image, size: int, channels: int = 3, resize: str = SHORTER_SIDE
+) -> np.ndarray:
+    """A picture as (size, size, channels) uint8: the square in its centre, as wide as its shorter side, resized with
+    an antialiased bilinear filter (paper, section 2). channels: 1 or 3. resize: WARPED instead squeezes the whole
+    picture into the square, as Caffe's users did; for converted nets only.
+
+    Raises UserError for a file that cannot be read as a picture.
+    """
+    return square(pixels(picture, channels)[0], size, resize)
+
+
+def square(array: np.ndarray, size: int, resize: str = SHORTER_SIDE) -> np.ndarray:
+    """The square of (H, W, channels) uint8 pixels. Three channels go through torch, whose antialiased resize is
+    Pillow's to within 2 of 255 and five times as fast; one channel goes through Pillow."""
+    height, width, channels = array.shape
+    if resize == SHORTER_SIDE:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        array = array[top : top + side, left : left + side]
+    if channels == 1:
+        small = Image.fromarray(array[:, :, 0]).resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(small).reshape(size, size, 1)
+    if not array.flags.writeable:  # torch warns of such arrays
+        array = array.copy()
+    planes = torch.from_numpy(array)[None].permute(0, 3, 1, 2)
+    return F.interpolate(planes, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def pixels(picture: Path | File | np.ndarray | Image.Image, channels: int = 3) -> tuple[np.ndarray, list[str]]:
+    """(H, W, channels) uint8 pixels of a picture, and what had to be mended to get them: words such as "CMYK" or
+    "turned (EXIF)", none for most pictures. Raises UserError for a file that cannot be read as a picture."""
+    if isinstance(picture, Path):
+        picture = File(str(picture), str(picture))
+    if isinstance(picture, File):
+        return _decode(picture.read(), picture.name, channels)
+    if isinstance(picture, np.ndarray):
+        if picture.ndim == 2:
+            picture = picture[:, :, None]
+        if picture.shape[2] == channels:
+            return picture, []
+        picture = Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture)
+    return _convert(picture, channels), []
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture from a file, decoded. Raises UserError."""
+    with _opened(File(str(path), str(path)).read(), path) as picture:
+        picture.load()
+        return picture
+
+
+class _opened:
+    """A picture opened by Pillow, its size checked; whatever goes wrong inside the with statement is a UserError."""
+
+    def __init__(self, data: bytes, name):
+        self.data, self.name = data, name
+
+    def __enter__(self) -> Image.Image:
+        try:
+            self.picture = Image.open(io.BytesIO(self.data), formats=FORMATS)
+        except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+            raise self._complaint(error) from None
+        width, height = self.picture.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{self.name} is refused: {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        return self.picture
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            raise self._complaint(error) from None
+
+    def _complaint(self, error: Exception) -> UserError:
+        reason = "no format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
+        return UserError(f"{self.name} cannot be read as a picture ({reason or type(error).__name__})")
+
+
+def _decode(data: bytes, name: str, channels: int) -> tuple[np.ndarray, list[str]]:
+    with _opened(data, name) as picture:
+        mended = _oddities(picture, name)
+        turned = _orientation(picture) != 1
+        if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L") and channels == 3 and not turned:
+            import simplejpeg
+
+            try:
+                return simplejpeg.decode_jpeg(data, "RGB", strict=True), mended
+            except ValueError:  # libjpeg found something wrong: Pillow says whether it is a picture all the same
+                mended.append("faulty JPEG data")
+        picture.load()
+        return _convert(picture, channels), mended
+
+
+def _oddities(picture: Image.Image, name: str) -> list[str]:
+    """What is odd about a picture as a file, by the words that the manifest counts it under."""
+    mode, form = picture.mode, "JPEG" if picture.format == "MPO" else picture.format
+    transparent = mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info
+    odd = {
+        f"{form} named as another format": ENDINGS.get(Path(name).suffix.lower(), form) != form,
+        "grey": mode in ("1", "L", "LA", "La") or mode.startswith("I"),
+        "16 bits": mode.startswith("I"),
+        "CMYK": mode == "CMYK",
+        "palette": mode in ("P", "PA"),
+        "transparency dropped": transparent,
+        "turned (EXIF)": _orientation(picture) != 1,
+        "first of several frames": form in ("GIF", "PNG", "WEBP") and getattr(picture, "is_animated", False),
+    }
+    return [word for word, found in odd.items() if found]
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none or where the EXIF block is damaged."""
+    if "exif" not in picture.info and "xmp" not in picture.info and picture.format not in ("TIFF", "PNG"):
+        return 1
+    try:
+        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return value if value in range(1, 9) else 1
+    except Exception:  # struct.error, AttributeError, SyntaxError, ... by what the damage hits
+        return 1
+
+
+def _convert(picture: Image.Image, channels: int) -> np.ndarray:
+    """Pixels (H, W, channels) of a picture of any mode, turned upright."""
+    # Adobe's programs store CMYK inverted, and Pillow takes every JPEG for one of theirs.
+    inverted = picture.format == "JPEG" and picture.mode == "CMYK" and "adobe" not in picture.info
+    if _orientation(picture) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if inverted:
+        picture = ImageChops.invert(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers on no known scale")
+    if picture.mode.startswith("I"):  # 16 bits: convert() would clip the 32-bit mode they may come in to white
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    return np.array(picture.convert("L" if channels == 1 else "RGB")).reshape(*picture.size[::-1], channels)

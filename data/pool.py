@@ -1,0 +1,57 @@
+"""The processes that pack and verify."""
+
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_all_start_methods, get_context, parent_process
+
+from data import UserError
+
+
+def start_pool(workers: int) -> ProcessPoolExecutor:
+    """So many processes, all of them started; use it in a with statement."""
+    # Forked workers start at once and do not import the calling script again; elsewhere the system's own way.
+    context = get_context("fork" if "fork" in get_all_start_methods() else None)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool.submit(os.getpid).result()  # the fork is now, while no LMDB environment is open that they would inherit
+    return pool
+
+
+def _start_worker() -> None:
+    import cv2
+    import torch
+
+    # One thread each: there is a worker for every core, and threads of a parent do not survive a fork.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF blocks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def in_order(pool, function, jobs):
+    """Results in the order of the jobs, with a bounded number of jobs on their way."""
+    waiting = deque()
+    limit = 2 * pool._max_workers
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) >= limit:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a packing process was killed (out of memory?); try fewer --workers") from None
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,235 @@
+"""Pictures in folders: ImageFolder trees and Caffe's lists; what classes are called and how splits are ordered.
+
+A class has the number of its place in the sorted list of class folders; for ImageNet, of wnids, as in torchvision, in
+Caffe's list of synsets and in every published checkpoint.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from data import UserError
+from data.pictures import ENDINGS, Files
+
+ILSVRC = Path(__file__).parent / "ilsvrc.txt"
+ILSVRC_COUNTS = {"train": 1_281_167, "val": 50_000, "test": 100_000}
+UNLABELLED = -1
+FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+NAMES_OF_LISTS = ("synset_words.txt", "synsets.txt", "classes.txt")  # beside Caffe's lists, the first that is there
+
+
+@dataclass
+class Split:
+    """Pictures (Files, or uint8 arrays (H, W) or (H, W, 3)) and their labels, (n,) int64; all of them are UNLABELLED
+    where nobody knows the classes."""
+
+    pictures: Sequence
+    labels: np.ndarray
+
+
+@dataclass
+class Source:
+    """What a store is packed from. size and codec are the store's defaults; channels is 1 for a grey set; wnids are
+    those of the classes, where they have any."""
+
+    name: str
+    classes: list[str]
+    splits: dict[str, Split]
+    size: int
+    codec: str
+    channels: int
+    wnids: list[str] | None = None
+
+
+# ---------------------------------------------------------------------------------------------- classes and order
+
+
+@cache
+def ilsvrc_wnids() -> tuple[str, ...]:
+    """The 1000 wnids of ILSVRC-2012, sorted: class 0 is n01440764 (tench), 999 n15075141 (toilet tissue)."""
+    return tuple(ILSVRC.read_text().split())
+
+
+def file_source(name: str, keys: list[str], splits: dict[str, Split], words: dict[str, str] | None = None) -> Source:
+    """The source of files whose classes are known by `keys`, names of folders or wnids, in the order of their labels.
+
+    Wnids of ILSVRC get torchvision's short names, as weights from there and from Caffe have them; another key is called
+    as `words` says, or by itself.
+    """
+    from torchvision.models import AlexNet_Weights
+
+    known = dict(zip(ilsvrc_wnids(), AlexNet_Weights.IMAGENET1K_V1.meta["categories"], strict=True))
+    names = known | (words or {}) if not set(keys) <= set(known) else known
+    wnids = keys if words or set(keys) <= set(known) else None
+    if set(keys) == set(known):
+        name = "imagenet"
+        for split, part in splits.items():
+            count, expected = len(part.labels), ILSVRC_COUNTS[split]
+            if count != expected:
+                print(f"{split} has {count:,} of ILSVRC-2012's {expected:,} pictures", flush=True)
+        if tuple(keys) != ilsvrc_wnids():
+            print("the lists number ImageNet's classes in another order than published checkpoints do", flush=True)
+    return Source(name, [names.get(key, key) for key in keys], splits, 256, "jpeg", 3, wnids)
+
+
+def file_split(place: str | Path, members: list[str], labels, offsets=None, sizes=None) -> Split:
+    """Files in the order of their labels, then of their names, wherever they come from. A picture is called by its
+    file's own name, or by its path where several have the same."""
+    flat = len({member.rpartition("/")[2] for member in members}) == len(members)
+    names = [member.rpartition("/")[2] for member in members] if flat else members
+    order = sorted(range(len(members)), key=lambda i: (labels[i], names[i]))
+    labels = np.asarray(labels, np.int64)
+    offsets, sizes = (None if part is None else np.asarray(part, np.int64)[order] for part in (offsets, sizes))
+    return Split(Files(str(place), [members[i] for i in order], flat, offsets, sizes), labels[order])
+
+
+def pictures_below(folder: str | Path) -> list[str]:
+    """Paths, relative to `folder`, of all files at any depth that are named like pictures; links are followed. Hidden
+    files are passed over; other files are counted and said to be left out."""
+    found, others = [], []
+    for path, names in _walk(str(folder), set()):
+        inside = os.path.relpath(path, folder)
+        for name in names:
+            member = name if inside == "." else f"{inside}/{name}"
+            (found if os.path.splitext(name)[1].lower() in ENDINGS else others).append(member)
+    if others:
+        print(f"{folder}: {len(others)} files are not named like pictures and are left out (first: {min(others)})",
+              flush=True)
+    return found
+
+
+def _walk(folder: str, seen: set) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for a folder and all below it, but for hidden ones; a link into a folder where the
+    walk already was leads nowhere."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        entries = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
+    yield folder, [name for name, is_folder in entries if not is_folder]
+    for name, is_folder in entries:
+        if is_folder:
+            yield from _walk(os.path.join(folder, name), seen)
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+# ---------------------------------------------------------------------------------------------- ImageFolder trees
+
+
+def image_folder(root: Path) -> Source:
+    """A tree ROOT/train/CLASS/..., ROOT/val/CLASS/... and perhaps ROOT/test/CLASS/..., pictures at any depth. The
+    names of the three folders may be in capitals. A test/ without class folders is unlabelled."""
+    folders = {split: _folder_of(root, split) for split in FOLDERS}
+    for needed in ("train", "val"):
+        if folders[needed] is None:
+            raise UserError(f"{root} has no folder {needed}/; expected {root}/{{train,val}}/CLASS/PICTURES")
+    classes = subfolders(folders["train"])
+    if not classes:
+        raise UserError(f"{folders['train']} has no class folders; expected {root}/train/CLASS/PICTURES")
+    splits = {}
+    for split, folder in folders.items():
+        if folder is None:
+            continue
+        found = subfolders(folder)
+        if split == "test" and not set(found) & set(classes):
+            members = pictures_below(folder)
+            if members:
+                splits[split] = file_split(folder, members, [UNLABELLED] * len(members))
+            continue
+        if found != classes:
+            odd = sorted(set(found) ^ set(classes))
+            hint = "; for Kaggle's ImageNet give the folder that holds LOC_val_solution.csv" if not found else ""
+            raise UserError(f"the class folders of {folder} and {folders['train']} differ: {', '.join(odd[:5])}{hint}")
+        splits[split] = _labelled(folder, classes)
+    return file_source(root.resolve().name, classes, splits)
+
+
+def _folder_of(root: Path, split: str) -> Path | None:
+    found = [root / name for name in subfolders(root) if name.lower() in FOLDERS[split]]
+    if len(found) > 1:
+        raise UserError(f"{root} has {' and '.join(p.name for p in found)}: which one is {split}? rename the other")
+    return found[0] if found else None
+
+
+def _labelled(folder: Path, classes: list[str]) -> Split:
+    loose = [p.name for p in folder.iterdir() if p.is_file() and p.suffix.lower() in ENDINGS and p.name[0] != "."]
+    if loose:
+        print(f"{folder}: {len(loose)} pictures lie in no class folder and are left out (first: {min(loose)})",
+              flush=True)
+    members, labels = [], []
+    for label, name in enumerate(classes):
+        files = pictures_below(folder / name)
+        if not files:
+            raise UserError(f"{folder / name} holds no pictures ({', '.join(sorted(ENDINGS))})")
+        members += [f"{name}/{file}" for file in files]
+        labels += [label] * len(files)
+    return file_split(folder, members, labels)
+
+
+# ---------------------------------------------------------------------------------------------- Caffe's lists
+
+
+def caffe_lists(root: Path) -> Source:
+    """ROOT/train.txt and ROOT/val.txt, and perhaps ROOT/test.txt, of lines `path label`, labels from 0; a path is
+    absolute, or relative to ROOT/train/ (val/, test/) or to ROOT. Names of the classes: the first of NAMES_OF_LISTS
+    that is there, a line each; else the folders of the training pictures, where each class has one of its own."""
+    found = {split: _read_list(root, split) for split in FOLDERS if (root / f"{split}.txt").is_file()}
+    splits = {split: file_split(root, *lines) for split, lines in found.items()}
+    labels = splits["train"].labels
+    count = int(labels.max()) + 1
+    missing = np.setdiff1d(np.arange(count), labels)
+    if len(missing):
+        raise UserError(f"{root / 'train.txt'} has no picture of class {missing[0]}; labels count from 0 without gaps")
+    for split, part in splits.items():
+        if split == "test" and len(set(part.labels.tolist())) == 1:  # Caffe's test.txt of ImageNet has 0 everywhere
+            part.labels[:] = UNLABELLED
+            print(f"{root / 'test.txt'} has one label for all pictures: they are taken as unlabelled", flush=True)
+        elif part.labels.max() >= count:
+            raise UserError(f"{root / split}.txt has label {part.labels.max()}, train.txt goes up to {count - 1}")
+    keys, words = _keys_of_lists(root, found["train"], count)
+    return file_source(root.resolve().name, keys, splits, words)
+
+
+def _read_list(root: Path, split: str) -> tuple[list[str], list[int]]:
+    """Paths, relative to `root` where they lie in it, and labels."""
+    base = f"{split}/" if (root / split).is_dir() else ""
+    members, labels = [], []
+    for number, line in enumerate((root / f"{split}.txt").read_text(errors="replace").splitlines(), 1):
+        path, _, label = line.strip().rpartition(" ")
+        if not line.strip():
+            continue
+        if not path.strip() or not label.isdecimal():
+            raise UserError(f"{root / split}.txt, line {number}: {line[:60]!r} is not a path and a label from 0 on")
+        path = path.strip()
+        members.append(path if os.path.isabs(path) or not (base and (root / base / path).exists()) else base + path)
+        labels.append(int(label))
+    if not members:
+        raise UserError(f"{root / split}.txt names no pictures")
+    return members, labels
+
+
+def _keys_of_lists(root: Path, train: tuple[list[str], list[int]], count: int) -> tuple[list[str], dict]:
+    """A key for each class, and what the keys are called."""
+    file = next((root / name for name in NAMES_OF_LISTS if (root / name).is_file()), None)
+    if file is not None:
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        if len(lines) != count:
+            raise UserError(f"{file} names {len(lines)} classes, train.txt has {count}")
+        if not all(line.split()[0] in ilsvrc_wnids() for line in lines):
+            return lines, {}
+        return [line.split()[0] for line in lines], {}
+    folders: dict[int, set] = {}
+    for path, label in zip(*train, strict=True):
+        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(path)))
+    keys = [next(iter(folders[label])) for label in range(count)]
+    if any(len(found) > 1 for found in folders.values()) or len(set(keys)) < count or "" in keys:
+        keys = [f"class {label}" for label in range(count)]
+    return keys, {}

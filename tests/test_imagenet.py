@@ -1,0 +1,276 @@
+"""ImageNet in each layout that people have: the same store from all of them, and the right labels."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import imagenet_files as small
+import numpy as np
+import pytest
+
+import test as testing
+from data import UserError, imagenet, pack, sources
+from data.store import Store
+from data.trees import ilsvrc_wnids
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder for each layout."""
+    root = tmp_path_factory.mktemp("imagenet")
+    return {name: make(root / name / "files") for name, make in small.LAYOUTS.items()}
+
+
+@pytest.fixture(scope="module")
+def stores(places):
+    """Packed from each layout, each time with another number of workers."""
+    made = {}
+    for workers, (name, place) in enumerate(places.items(), 1):
+        source = sources.find(str(place))
+        made[name] = pack.pack(source, place.parent / "store", size=64, workers=workers, shards=3)
+    return made
+
+
+def content(store: Store) -> dict:
+    return {str(p.relative_to(store.path)): p.read_bytes() for p in sorted(store.path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["kaggle", "official", "lists"])
+def test_every_layout_gives_the_same_store(stores, name):
+    """Bit for bit, as the one packed from an ImageFolder tree; the number of workers differs, too."""
+    tree, other = content(stores["tree"]), content(stores[name])
+    assert list(tree) == list(other)
+    assert [file for file in tree if tree[file] != other[file]] == []
+
+
+def test_labels_are_places_in_the_sorted_list_of_wnids(stores):
+    """Known pairs, and every picture's own colour."""
+    store = stores["official"]
+    for label, wnid, name in ((0, "n01440764", "tench"), (281, "n02123045", "tabby"), (999, "n15075141",
+                                                                                       "toilet tissue")):
+        assert (store.wnids[label], store.classes[label]) == (wnid, name)
+    assert store.name == "imagenet"
+    assert store.counts == {"train": 1999, "val": 1000, "test": 20}
+    for split in ("train", "val"):
+        images, labels = store.split(split).read(np.arange(store.counts[split]))
+        assert [small.label_of(image) for image in images] == labels.tolist()
+        assert (np.diff(labels) >= 0).all()
+        assert np.bincount(labels).tolist() == [1 if split == "val" or c == 500 else 2 for c in range(1000)]
+
+
+def test_the_list_of_wnids():
+    """Its pins are those of FACTS that everybody knows; sorted, without doubles."""
+    wnids = ilsvrc_wnids()
+    assert (len(set(wnids)), list(wnids)) == (1000, sorted(wnids))
+    assert [wnids[i] for i in (0, 1, 281, 285, 388, 999)] == [
+        "n01440764", "n01443537", "n02123045", "n02124075", "n02510455", "n15075141"
+    ]  # tench, goldfish, tabby, Egyptian cat, giant panda, toilet tissue
+
+
+def test_what_is_odd_is_counted_and_named(stores):
+    manifest = stores["kaggle"].manifest
+    assert manifest["repaired"] == {
+        "train": {
+            "CMYK": {"count": 1, "first": ["n01440764_18.JPEG"]},
+            "PNG named as another format": {"count": 1, "first": [f"{small.WNIDS[7]}_18.JPEG"]},
+        }
+    }
+    broken = f"{small.WNIDS[500]}_1003.JPEG"
+    reason = f"{broken} cannot be read as a picture (no format that is known)"
+    assert manifest["skipped"] == [{"split": "train", "picture": broken, "reason": reason}]
+
+
+def test_shards_make_no_difference_to_records(stores, places):
+    """Records, mean, names and all that the manifest says of the pictures, for 1, 3 and 7 shards; the one that is left
+    out makes a gap in the keys."""
+    three = stores["tree"]
+    for shards in (1, 7):
+        other = pack.pack(sources.find(str(places["tree"])), places["tree"].parent / f"by-{shards}", size=64,
+                          shards=shards)
+        for split, count in three.counts.items():
+            for one, two in zip(*(s.split(split).read(np.arange(count)) for s in (three, other)), strict=True):
+                assert np.array_equal(one, two)
+            assert three.names(split) == other.names(split)
+        for key in set(three.manifest) - {"shards", "files"}:
+            assert three.manifest[key] == other.manifest[key], key
+    firsts = [(shard["first"], shard["count"]) for shard in three.manifest["shards"]["train"]]
+    assert firsts == [(0, 667), (667, 666), (1334, 666)]
+
+
+def test_unlabelled_test_pictures_are_named_and_predicted(stores, tmp_path, imagenet_run, capsys):
+    """test.py writes their classes; without --predictions there is nothing to say of them, and the default split is the
+    labelled one."""
+    store = stores["tree"]
+    assert store.unlabelled == ["test"]
+    assert store.names("test") == [f"ILSVRC2012_test_{number:08d}.JPEG" for number in range(1, 21)]
+    assert store.names("train") is None
+    best = str(imagenet_run / "best.pt")
+    with pytest.raises(UserError, match=r"nobody knows .* --predictions"):
+        testing.main([best, "--data", str(store.path), "--split", "test"])
+    file = tmp_path / "p.csv"
+    assert testing.main([best, "--data", str(store.path), "--split", "test", "--predictions", str(file)]) == 0
+    lines = file.read_text().splitlines()
+    assert lines[0].startswith("index,picture,class,predicted_1")
+    assert lines[3].startswith("2,ILSVRC2012_test_00000003.JPEG,,")
+    assert len(lines) == 21
+    assert "20 images" in capsys.readouterr().out
+    assert testing.main([best, "--data", str(store.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["split"] == "val"
+
+
+@pytest.fixture(scope="module")
+def imagenet_run(stores, tmp_path_factory):
+    import train
+
+    out = tmp_path_factory.mktemp("imagenet-run") / "run"
+    train.main(["--data", str(stores["tree"].path), "--out", str(out), "--batch-size", "8", "--max-steps", "2",
+                "--image-size", "64"])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- what is wrong
+
+
+def copied(places, name, tmp_path) -> Path:
+    return Path(shutil.copytree(places[name], tmp_path / "copy", symlinks=True))
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_a_kaggle_folder_says_what_is_wrong_with_it(places, tmp_path):
+    root = copied(places, "kaggle", tmp_path)
+    cases = (
+        ("LOC_val_solution.csv", "ILSVRC2012_val_00000005,", "ILSVRC2012_val_00009999,", "no class for 1 pictures"),
+        ("LOC_val_solution.csv", "ImageId", "Id", "is damaged"),
+        ("LOC_val_solution.csv", f",{small.WNIDS[3]}", ",n99999999", "n99999999, which is no folder of train/"),
+        ("LOC_val_solution.csv", f",{small.WNIDS[3]} 85 1 499 272 {small.WNIDS[3]} 3 4 5 6 ", ",", "is damaged"),
+        ("LOC_synset_mapping.txt", small.WNIDS[3], "n99999999", "have different classes: n01491361, n99999999"),
+    )
+    for name, old, new, message in cases:
+        whole = (root / name).read_text()
+        change(root / name, old, new)
+        with pytest.raises(UserError, match=message):
+            sources.find(str(root))
+        (root / name).write_text(whole)
+    (root / "LOC_synset_mapping.txt").unlink()
+    with pytest.raises(UserError, match=r"has no LOC_synset_mapping.txt"):
+        sources.find(str(root))
+    with pytest.raises(UserError, match=r"give the folder that holds LOC_val_solution.csv"):
+        sources.find(str(root / "ILSVRC/Data/CLS-LOC"))
+
+
+def test_a_validation_picture_that_is_not_there_is_named(places, tmp_path, capfd):
+    root = copied(places, "kaggle", tmp_path)
+    (root / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000007.JPEG").unlink()
+    store = pack.pack(sources.find(str(root)), tmp_path / "store", size=64)
+    assert store.counts["val"] == 999
+    assert "left out: ILSVRC2012_val_00000007.JPEG cannot be read (No such file or directory)" in capfd.readouterr().err
+
+
+def test_the_official_files_say_what_is_wrong_with_them(places, tmp_path):
+    root = copied(places, "official", tmp_path)
+    kit, val = root / "ILSVRC2012_devkit_t12.tar.gz", root / "ILSVRC2012_img_val.tar"
+    truth = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+    numbers = "".join(f"{n}\n" for n in small.KIT_NUMBERS[small.VAL_LABELS])
+    meta = {"ILSVRC2012_devkit_t12/data/meta.mat": small.meta()}
+    pictures = {name: data for name, (_, data) in small.files()["val"].items()}
+    first = next(iter(pictures))
+    cases = (
+        (kit, b"no tar", "devkit_t12.tar.gz is damaged"),
+        (kit, small.tar_bytes({}), r"has no data/meta.mat"),
+        (kit, small.tar_bytes(meta), r"has no data/ILSVRC2012_validation_ground_truth.txt"),
+        (kit, small.tar_bytes(meta | {truth: b"1\nx\n"}), "ground_truth.txt is damaged"),
+        (kit, small.tar_bytes(meta | {truth: numbers.encode() + b"1002\n"}), "ground_truth.txt is damaged"),
+        (kit, small.tar_bytes(meta | {truth: numbers.encode() + b"3\n"}), "has 1000 pictures, the .* kit 1001 labels"),
+        (kit, small.tar_bytes(meta | {truth: numbers[: len(numbers) // 2].encode()}), "no label for ILSVRC"),
+        (kit, small.tar_bytes({next(iter(meta)): b"MATLAB", truth: numbers.encode()}), "meta.mat is damaged"),
+        (val, small.tar_bytes(pictures | {"strange.JPEG": pictures[first]}), "no label for strange.JPEG"),
+        (val, small.tar_bytes({}), "holds no pictures"),
+        (val, small.tar_bytes(pictures)[:-10240], "damaged or cut off"),
+    )
+    for file, data, message in cases:
+        whole = file.read_bytes()
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            sources.find(str(root))
+        file.write_bytes(whole)
+    train = root / "ILSVRC2012_img_train.tar"
+    whole = train.read_bytes()
+    for cut in (len(whole) // 2, len(whole) // 2 // 512 * 512, len(whole) - 10240, 1000, 0):
+        train.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="damaged or cut off"):
+            sources.find(str(root))
+    for missing in (kit, val):
+        missing.unlink()
+        train.write_bytes(whole)
+        with pytest.raises(UserError, match=f"{root} has no {missing.name.split('_t12')[0]}"):
+            sources.find(str(train))
+
+
+def test_the_unpacked_kit_and_the_path_of_a_tar_will_do(places, tmp_path):
+    root = copied(places, "official", tmp_path)
+    packed = sources.find(str(root / "ILSVRC2012_img_train.tar"))
+    file = root / "ILSVRC2012_devkit_t12.tar.gz"
+    (tmp_path / "kit.tar").write_bytes(gzip.decompress(file.read_bytes()))
+    file.unlink()
+    shutil.unpack_archive(tmp_path / "kit.tar", root)
+    wnids, numbers = imagenet.development_kit(root)
+    assert [wnids[number] for number in numbers] == [small.WNIDS[label] for label in small.VAL_LABELS]
+    assert np.array_equal(sources.find(str(root)).splits["val"].labels, packed.splits["val"].labels)
+
+
+def test_a_long_tar_needs_no_object_for_each_picture(places):
+    """A slice of a split that is sent to a worker is small; what it reads is the member itself."""
+    part = sources.find(str(places["official"])).splits["train"].pictures
+    by_name = {file.name: file for file in part[:4]}
+    assert by_name["n01440764_1003.JPEG"].read() == small.files()["train"]["n01440764_1003.JPEG"][1]
+    assert part[:64].offsets.nbytes == 64 * 8
+
+
+# ---------------------------------------------------------------------------------------------- lists
+
+
+def test_lists_say_what_is_wrong_with_them(tree, tmp_path):
+    lines = {s: [f"{c}/{n}.png {label}" for label, c in enumerate(("cat", "dog")) for n in range(3)] for s in
+             ("train", "val")}
+    cases = (
+        ("train", ["cat/0.png"], r"train.txt, line 7: 'cat/0.png' is not a path and a label"),
+        ("train", ["cat/0.png -1"], "is not a path and a label"),
+        ("train", ["cat/0.png 3"], "no picture of class 2; labels count from 0 without gaps"),
+        ("val", ["cat/0.png 2"], "val.txt has label 2, train.txt goes up to 1"),
+    )
+    for split, more, message in cases:
+        for name, whole in lines.items():
+            (tree / f"{name}.txt").write_text("\n".join(whole + (more if name == split else [])))
+        with pytest.raises(UserError, match=message):
+            sources.find(str(tree))
+    (tree / "val.txt").write_text("")
+    with pytest.raises(UserError, match="names no pictures"):
+        sources.find(str(tree))
+    for name, whole in lines.items():
+        (tree / f"{name}.txt").write_text("\n".join(whole))
+    assert sources.find(str(tree)).classes == ["cat", "dog"]
+    (tree / "classes.txt").write_text("a cat\na dog\n")
+    assert sources.find(str(tree)).classes == ["a cat", "a dog"]
+    (tree / "classes.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match=r"names 1 classes, train.txt has 2"):
+        sources.find(str(tree))
+
+
+def test_lists_in_another_order_than_published_keep_their_own_names(places, tmp_path, capsys):
+    """The development kit's numbers, say: the classes get the names of their folders, and it is said."""
+    root = tmp_path / "lists"
+    root.mkdir()
+    train = small.files()["train"]
+    for split in ("train", "val"):
+        (root / f"{split}.txt").write_text("".join(
+            f"{places['tree']}/train/{small.WNIDS[label]}/{name} {999 - label}\n" for name, (label, _) in train.items()
+        ))
+    source = sources.find(str(root))
+    assert (source.classes[999], source.wnids[0]) == ("tench", "n15075141")
+    assert "in another order than published checkpoints" in capsys.readouterr().out
