@@ -38,7 +38,8 @@ def kaggle(root: Path) -> Source:
     for needed in (SOLUTION, MAPPING, f"{KAGGLE}/train", f"{KAGGLE}/val"):
         if not (root / needed).exists():
             raise UserError(f"{root} has no {needed}; Kaggle's imagenet-object-localization-challenge brings it")
-    words = dict(line.strip().partition(" ")[::2] for line in (root / MAPPING).read_text().splitlines() if line.strip())
+    lines = (root / MAPPING).read_text(errors="replace").splitlines()
+    words = dict(line.strip().partition(" ")[::2] for line in lines if line.strip())
     data = root / KAGGLE
     wnids = subfolders(data / "train")
     if sorted(words) != wnids:
@@ -148,7 +149,7 @@ def _kit_file(kit: Path, name: str) -> bytes:
     except StopIteration:
         raise UserError(f"{kit} has no data/{name}; it is not the kit of tasks 1 and 2") from None
     except Exception as error:  # tarfile, gzip and zlib each have errors of their own
-        raise UserError(f"{kit} is damaged ({error}); download it again") from None
+        raise UserError(f"{kit} is damaged ({type(error).__name__}); download it again") from None
 
 
 def _meta(content: bytes, kit: Path) -> dict[int, str]:

@@ -190,9 +190,13 @@ def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
 
 def _complete(job: Job, pool, lock) -> bool:
     """Make the store of finished shards and move it to its place; false where shards are missing."""
-    # Whoever packs other shards lets go of them at this point, too, and then one after the other looks.
+    # Everybody lets go of his shards before he reaches for all of them: of several, the last one gets them.
     fcntl.lockf(lock, fcntl.LOCK_UN)
-    fcntl.lockf(lock, fcntl.LOCK_EX)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print("finished; other processes are still at work, and the last one makes the store", flush=True)
+        return False
     if job.out.exists():
         return True
     entries = {split: [job.finished(split, n) for n in range(job.shards)] for split in job.source.splits}

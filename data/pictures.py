@@ -52,8 +52,10 @@ class File:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
                 return file.read(size)
-        except OSError as error:
-            raise UserError(f"{self.name} cannot be read ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.name} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 class Files(Sequence):

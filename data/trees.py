@@ -202,14 +202,15 @@ def _read_list(root: Path, split: str) -> tuple[list[str], list[int]]:
     """Paths, relative to `root` where they lie in it, and labels."""
     base = f"{split}/" if (root / split).is_dir() else ""
     members, labels = [], []
-    for number, line in enumerate((root / f"{split}.txt").read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate((root / f"{split}.txt").read_text(errors="surrogateescape").splitlines(), 1):
         path, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue
         if not path.strip() or not label.isdecimal():
             raise UserError(f"{root / split}.txt, line {number}: {line[:60]!r} is not a path and a label from 0 on")
         path = path.strip()
-        members.append(path if os.path.isabs(path) or not (base and (root / base / path).exists()) else base + path)
+        below = base and not os.path.isabs(path) and os.path.exists(os.path.join(root, base, path))
+        members.append(base + path if below else path)
         labels.append(int(label))
     if not members:
         raise UserError(f"{root / split}.txt names no pictures")
@@ -220,7 +221,7 @@ def _keys_of_lists(root: Path, train: tuple[list[str], list[int]], count: int) -
     """A key for each class, and what the keys are called."""
     file = next((root / name for name in NAMES_OF_LISTS if (root / name).is_file()), None)
     if file is not None:
-        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
         if len(lines) != count:
             raise UserError(f"{file} names {len(lines)} classes, train.txt has {count}")
         if not all(line.split()[0] in ilsvrc_wnids() for line in lines):

@@ -1,13 +1,19 @@
 """ImageNet in each layout that people have: the same store from all of them, and the right labels."""
 
+import contextlib
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import imagenet_files as small
 import numpy as np
 import pytest
+from helpers import ROOT
 
 import test as testing
 from data import UserError, imagenet, pack, sources
@@ -129,6 +135,44 @@ def imagenet_run(stores, tmp_path_factory):
     return out
 
 
+def proportional_memory(group: int) -> int:
+    """Bytes of all processes of a session, what several share counted once (PSS)."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.getsid(int(process.name)) == group:
+                lines = (process / "smaps_rollup").read_text().splitlines()
+                total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def run_watched(command: list[str]) -> int:
+    """Run a command to its end; the most memory that it and its workers took at once."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    most = 0
+    while process.poll() is None:
+        most = max(most, proportional_memory(process.pid))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    return most
+
+
+def test_a_thousand_classes_at_224_pixels_train_and_test_within_the_memory(places, tmp_path):
+    """10 steps of batch 8 from a streamed store of 256 x 256 JPEG records, validation, test.py: 2.5 GB at most."""
+    store = pack.pack(sources.find(str(places["tree"])), tmp_path / "store", workers=2)
+    assert (store.size, store.codec) == (256, "jpeg")
+    streamed = "import sys, data.loader, {0}; from data.cli import run_script; data.loader.RESIDENT_BYTES = 0; "
+    streamed += "sys.argv[1:] = {1!r}; run_script({0}.main)"
+    train = ["--data", str(store.path), "--out", str(tmp_path / "run"), "--batch-size", "8", "--max-steps", "10",
+             "--workers", "2", "--device", "cpu"]
+    test = [str(tmp_path / "run/best.pt"), "--device", "cpu"]
+    for script, arguments in (("train", train), ("test", test)):
+        most = run_watched([sys.executable, "-c", streamed.format(script, arguments)])
+        assert 0.3e9 < most < 2.5e9, script
+        print(f"{script}: {most / 1e9:.2f} GB")
+    assert json.loads((tmp_path / "run/log.jsonl").read_text())["step"] == 10
+
+
 # ---------------------------------------------------------------------------------------------- what is wrong
 
 
@@ -176,7 +220,7 @@ def test_the_official_files_say_what_is_wrong_with_them(places, tmp_path):
     root = copied(places, "official", tmp_path)
     kit, val = root / "ILSVRC2012_devkit_t12.tar.gz", root / "ILSVRC2012_img_val.tar"
     truth = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
-    numbers = "".join(f"{n}\n" for n in small.KIT_NUMBERS[small.VAL_LABELS])
+    numbers = "".join(f"{small.kit_numbers()[label]}\n" for label in small.val_labels())
     meta = {"ILSVRC2012_devkit_t12/data/meta.mat": small.meta()}
     pictures = {name: data for name, (_, data) in small.files()["val"].items()}
     first = next(iter(pictures))
@@ -220,7 +264,7 @@ def test_the_unpacked_kit_and_the_path_of_a_tar_will_do(places, tmp_path):
     file.unlink()
     shutil.unpack_archive(tmp_path / "kit.tar", root)
     wnids, numbers = imagenet.development_kit(root)
-    assert [wnids[number] for number in numbers] == [small.WNIDS[label] for label in small.VAL_LABELS]
+    assert [wnids[number] for number in numbers] == [small.WNIDS[label] for label in small.val_labels()]
     assert np.array_equal(sources.find(str(root)).splits["val"].labels, packed.splits["val"].labels)
 
 

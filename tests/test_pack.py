@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -129,26 +128,6 @@ def test_an_existing_folder_is_left_alone(tmp_path, store):
     with pytest.raises(UserError, match="exists"):
         pack.pack(small_source(), store.path)
     assert files(store) == before
-
-
-def test_a_killed_packer_leaves_no_half_store(tmp_path):
-    """SIGKILL in the middle; then the same command packs the whole store. Only the parent is killed: its workers end
-    by themselves and do not keep the place locked."""
-    tree = tmp_path / "pictures"
-    for split, label in ((s, c) for s in ("train", "val") for c in ("a", "b")):
-        (tree / split / label).mkdir(parents=True)
-        for number in range(300 if split == "train" else 3):
-            Image.effect_noise((200, 200), 50).convert("RGB").save(tree / split / label / f"{number}.jpg")
-    command = [sys.executable, "-m", "data.pack", str(tree), "--out", str(tmp_path / "out"), "--workers", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
-    process.stdout.readline()  # "packing ..."
-    time.sleep(0.5)
-    process.kill()
-    process.communicate(timeout=20)  # the pipe closes once the workers have ended as well
-    assert not (tmp_path / "out").exists()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert Store(tmp_path / "out").counts == {"train": 600, "val": 6}
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_two_packers_do_not_disturb_each_other(tmp_path, monkeypatch):

@@ -1,0 +1,293 @@
+"""Packing under attack: killed at random moments, and fed with mutated pictures and archives. Seeds are fixed."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import imagenet_files as small
+import numpy as np
+import pytest
+from conftest import pictures, small_source
+from helpers import ROOT
+from PIL import Image
+from test_pictures import ODD
+
+from data import UserError, pack, sources
+
+KILLS = 20
+PICTURES, ARCHIVES = 240, 60  # mutated ones
+
+
+def content(store: Path) -> dict:
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+
+def test_after_twenty_kills_the_store_is_that_of_an_unbroken_run(tmp_path):
+    """SIGKILL at random moments, from the start to the last step: there is a whole store or none, and a restart ends in
+    the same bytes. Only the packer itself is killed; its workers must end by themselves, or the pipe stays open."""
+    source = small_source("x", counts=(300, 60, 40), shape=(300, 400, 3))
+
+    def run(out: Path, pipe: int) -> None:
+        os.dup2(pipe, 1)
+        pack.pack(source, out, size=256, codec="jpeg", workers=2, shards=5)
+
+    def packer(out: Path) -> tuple[multiprocessing.Process, int]:
+        reading, writing = os.pipe()
+        process = multiprocessing.get_context("fork").Process(target=run, args=(out, writing))
+        process.start()
+        os.close(writing)
+        return process, reading
+
+    began = time.monotonic()
+    process, pipe = packer(tmp_path / "unbroken")
+    process.join()
+    os.close(pipe)
+    seconds = time.monotonic() - began
+    expected = content(tmp_path / "unbroken")
+    rng, kills, whole, kept = np.random.default_rng(0), 0, 0, 0
+    while kills < KILLS:
+        process, pipe = packer(tmp_path / "out")
+        process.join(rng.uniform(0, 0.7 * seconds))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            kept += len(list(tmp_path.glob(".out.packing/*-*.json")))
+        while os.read(pipe, 1000):  # until the last process that can write to it has ended
+            pass
+        os.close(pipe)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if (tmp_path / "out").exists():
+            assert content(tmp_path / "out") == expected
+            shutil.rmtree(tmp_path / "out")
+            shutil.rmtree(tmp_path / ".out.packing", ignore_errors=True)
+            whole += 1
+    pack.pack(source, tmp_path / "out", size=256, codec="jpeg", workers=2, shards=5)
+    assert content(tmp_path / "out") == expected
+    assert not list(tmp_path.glob(".*"))
+    assert whole  # some rounds came to their end ...
+    assert kept  # ... and some kills met finished shards
+
+
+def fail_at(number: int, monkeypatch):
+    """Packing stops with an error at one shard of the training split."""
+    write = pack._write_shard
+
+    def failing(job, pool, split, shard, *more):
+        if (split, shard) == ("train", number):
+            raise RuntimeError("enough")
+        return write(job, pool, split, shard, *more)
+
+    monkeypatch.setattr(pack, "_write_shard", failing)
+    return write
+
+
+def test_finished_shards_are_kept_and_others_refused(tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+    unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=4)
+    write = fail_at(3, monkeypatch)
+    with pytest.raises(RuntimeError, match="enough"):
+        pack.pack(small_source(), out, shards=4)
+    assert "2 of 12 shards are kept in" in capfd.readouterr().out  # the third was not called finished yet
+    files = sorted((tmp_path / ".out.packing/store").rglob("data.mdb"))
+    assert [file.parent.name for file in files] == ["train-00000", "train-00001"]
+    before = [file.stat().st_ino for file in files]
+    monkeypatch.setattr(pack, "_write_shard", write)
+    for changed, odd in (({"shards": 5}, "shards"), ({"shards": 4, "size": 64}, "size"),
+                         ({"shards": 4, "codec": "jpeg"}, "codec")):
+        with pytest.raises(UserError, match=rf"finished shards of another packing \(not the same: {odd}\); remove it"):
+            pack.pack(small_source(), out, **changed)
+    with pytest.raises(UserError, match=r"not the same: pictures of train"):
+        pack.pack(small_source(counts=(97, 21, 30)), out, shards=4)
+    store = pack.pack(small_source(), out, shards=4)
+    assert content(out) == content(unbroken.path)
+    assert [(store.path / f.parent.name / f.name).stat().st_ino for f in files] == before
+
+
+def test_a_finished_shard_that_is_torn_is_packed_again(tmp_path, monkeypatch):
+    unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=4)
+    write = fail_at(3, monkeypatch)
+    with pytest.raises(RuntimeError, match="enough"):
+        pack.pack(small_source(), tmp_path / "out", shards=4)
+    monkeypatch.setattr(pack, "_write_shard", write)
+    os.truncate(tmp_path / ".out.packing/store/train-00001/data.mdb", 5000)
+    (tmp_path / ".out.packing/train-00000.json").write_text('{"first": 0, "cou')
+    pack.pack(small_source(), tmp_path / "out", shards=4)
+    assert content(tmp_path / "out") == content(unbroken.path)
+
+
+# ---------------------------------------------------------------------------------------------- several machines
+
+
+def test_machines_share_the_work(tmp_path, capfd):
+    """--only-shards in any order: the last one makes the store, with the bytes that one machine makes."""
+    unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=5)
+    assert pack.pack(small_source(), tmp_path / "out", shards=5, only=(3, 5)) is None
+    assert "shards 0, 1, 2 of 5 are missing still" in capfd.readouterr().out
+    assert pack.pack(small_source(), tmp_path / "out", shards=5, only=(1, 3)) is None
+    assert pack.pack(small_source(), tmp_path / "out", shards=5, only=(0, 2)).counts == unbroken.counts
+    assert content(tmp_path / "out") == content(unbroken.path)
+    with pytest.raises(UserError, match="--only-shards 4:6: there are 5 shards"):
+        pack.pack(small_source(), tmp_path / "more", shards=5, only=(4, 6))
+
+
+def test_machines_at_the_same_time(tmp_path):
+    """Four processes, a shard or two each, at once: whoever comes last completes the store; the same shard twice is
+    refused."""
+    source = small_source("x", counts=(200, 40, 20), shape=(200, 200, 3))
+    fork = multiprocessing.get_context("fork")
+    ranges = [(0, 2), (2, 3), (3, 5), (5, 6)]
+    processes = [fork.Process(target=pack.pack, args=(source, tmp_path / "out"), kwargs={"shards": 6, "only": part})
+                 for part in ranges]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    unbroken = pack.pack(source, tmp_path / "unbroken", shards=6)
+    assert content(tmp_path / "out") == content(unbroken.path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_shard_that_another_process_packs_is_refused(tmp_path, monkeypatch):
+    seen = []
+    command = [sys.executable, "-m", "data.pack", "sample", "--out", str(tmp_path / "out"), "--shards", "4"]
+
+    def write(*_):
+        for part in ("1:3", "2:4"):
+            done = subprocess.run([*command, "--only-shards", part], cwd=ROOT, capture_output=True, text=True)
+            seen.append((done.returncode, done.stderr + done.stdout))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(pack, "_write", write)
+    with pytest.raises(RuntimeError, match="enough"):
+        pack.pack(sources.find("sample"), tmp_path / "out", shards=4, only=(0, 2))
+    assert seen[0][0] == 2
+    assert "another process is packing" in seen[0][1]
+    assert seen[1][0] == 0
+    assert "finished; other processes are still at work" in seen[1][1]
+
+
+# ---------------------------------------------------------------------------------------------- mutations
+
+
+def mutated(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
+    """Cut off, bits flipped, bytes overwritten or left out, a part of another file put in, or a number in the header
+    made absurd."""
+    data, size = bytearray(data), len(data)
+    kind = rng.integers(6)
+    if kind == 0:
+        return bytes(data[: rng.integers(size)])
+    if kind == 1:
+        for where in rng.integers(size, size=rng.integers(1, 20)):
+            data[where] ^= 1 << rng.integers(8)
+    elif kind == 2:
+        where, length = rng.integers(size), rng.integers(1, 400)
+        data[where : where + length] = rng.bytes(min(length, size - where))
+    elif kind == 3:
+        where, start = rng.integers(size), rng.integers(len(other))
+        data[where : where + rng.integers(500)] = other[start : start + rng.integers(500)]
+    elif kind == 4:
+        where = rng.integers(size)
+        del data[where : where + rng.integers(1, 300)]
+    else:  # big numbers near the front, where formats keep width and height, and in JPEG's frame header
+        frame = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+        where = frame + 5 if frame >= 0 else int(rng.integers(min(40, size)))
+        data[where : where + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x20\0\x20\0", b"\0\0\0\0"])
+    return bytes(data)
+
+
+def packed_alone(*places: Path) -> tuple[list, int, str]:
+    """Each packed by pack_alone.py in a process of its own, so that a crash, a hang or its memory shows: what became of
+    each, the most bytes that it and two workers took, and what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/pack_alone.py", *places], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result["places"], result["memory"], done.stderr
+
+
+def test_mutated_pictures_are_packed_or_named(tmp_path):
+    """240 of every odd kind that test_pictures.py has: none crashes, hangs or takes memory; each is packed or named."""
+    kinds = [ODD[kind][:2] for kind in ODD if "20,000" not in kind]
+    for seed in range(PICTURES):
+        rng = np.random.default_rng(seed)
+        name, data = kinds[seed % len(kinds)]
+        other = kinds[rng.integers(len(kinds))][1]
+        path = tmp_path / "tree/train" / "ab"[seed % 2] / f"{seed:03d}{Path(name).suffix or '.jpg'}"
+        small.write(path, mutated(data, other, rng))
+    for label in "ab":
+        small.write(tmp_path / f"tree/val/{label}/0.jpg", ODD["plain"][1])
+    (done,), memory, stderr = packed_alone(tmp_path / "tree")
+    skipped = [entry["picture"] for entry in done["skipped"]]
+    assert done["records"] == PICTURES - len(skipped) + 2
+    assert len(set(skipped)) == len(skipped)
+    assert all(f"left out: {entry['reason']}\n" in stderr for entry in done["skipped"])
+    assert 60 < len(skipped) < 220  # neither all nor none
+    assert done["repaired"]["train"]["faulty JPEG data"]["count"]
+    assert memory < 2e9
+
+
+def archive(number: int, folder: Path) -> Path:
+    """A set of 20 classes with one of its files mutated: tars inside and out, the kit, tables, lists, HDF5."""
+    rng = np.random.default_rng(1000 + number)
+    layout = ("official", "kaggle", "lists", "hdf5")[number % 4]
+    if layout == "hdf5":
+        file = folder.with_suffix(".h5")
+        with h5py.File(file, "w") as h5:
+            h5.attrs["classes"] = ["a", "b"]
+            for split, count in (("train", 40), ("val", 10)):
+                h5.create_dataset(f"{split}/images", data=pictures(count, (40, 40, 3)), compression="gzip",
+                                  chunks=(4, 40, 40, 3))
+                h5[f"{split}/labels"] = np.arange(count) % 2
+        file.write_bytes(mutated(file.read_bytes(), b"HDF" * 100, rng))
+        return file
+    small.LAYOUTS[layout](folder, 20, **({"absolute": False} if layout == "lists" else {}))
+    names = {
+        "official": ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"],
+        "kaggle": ["LOC_val_solution.csv", "LOC_synset_mapping.txt"], "lists": ["train.txt", "val.txt"],
+    }[layout]
+    file = folder / names[number // 4 % len(names)]
+    file.write_bytes(mutated(file.read_bytes(), folder.name.encode() * 200, rng))
+    return folder
+
+
+def test_mutated_archives_are_packed_or_refused(tmp_path):
+    """60 of each kind in turn. Nothing is lost without a word: what a set lists is packed or named, and a damaged list
+    never gives more than the damaged lines other labels."""
+    done, memory, _ = packed_alone(*(archive(number, tmp_path / f"{number:02d}") for number in range(ARCHIVES)))
+    refused = [result for result in done if isinstance(result, str)]
+    packed = [result for result in done if not isinstance(result, str)]
+    assert len(done) == ARCHIVES
+    assert all("\n" not in line and line for line in refused)
+    for result in packed:
+        assert result["listed"] == result["records"] + len(result["skipped"])
+        assert result["mislabelled"] <= 3
+    assert min(len(refused), len(packed)) > 5
+    assert memory < 2e9
+
+
+def test_a_png_that_claims_to_be_huge(tmp_path):
+    """Decompression bombs, small files of many pixels, are refused before anything is unpacked."""
+    buffer = io.BytesIO()
+    Image.new("1", (40_000, 40_000)).save(buffer, "PNG")
+    for split, label in ((s, c) for s in ("train", "val") for c in "ab"):
+        for number in range(150 if split == "train" else 1):
+            small.write(tmp_path / f"tree/{split}/{label}/{number}.jpg", ODD["plain"][1])
+    small.write(tmp_path / "tree/train/a/7.jpg", buffer.getvalue())
+    store = pack.pack(sources.find(str(tmp_path / "tree")), tmp_path / "store", size=64)
+    assert store.counts["train"] == 299
+    assert "exceeds limit" in store.manifest["skipped"][0]["reason"]
