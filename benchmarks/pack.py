@@ -28,10 +28,12 @@ from data.cli import Parser, run_script, whole
 from data.pictures import square
 
 SIZE = 256
+PIL_LOOP = "plain PIL loop"
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread would wait, and its waiting would count
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -44,6 +46,7 @@ def main(argv=None) -> int:
             **utils.environment(utils.pick_device("cpu")),
         }
         result["rates"] = rates(contenders(root, members), place / "out", args.repeats, len(files))
+    torch.set_num_threads(threads)
     print(json.dumps(result) if args.json else report(result))
     return 0
 
@@ -63,7 +66,7 @@ def photograph(folder: Path, number: int, quality: int) -> str:
 
 
 def contenders(root: Path, members: list[str]) -> dict:
-    """What is timed, by name: each a function of a folder to write to."""
+    """What is timed, by name: each a function of a folder to write to, which may return how many bytes it wrote."""
     import simplejpeg
 
     files = [root / member for member in members]
@@ -87,12 +90,13 @@ def contenders(root: Path, members: list[str]) -> dict:
 
         def run(out):
             with redirect_stdout(StringIO()):
-                pack.pack(source, out)
+                store = pack.pack(source, out)
+            return store.manifest["files"]["train-00000/data.mdb"]["bytes"]
 
         return run
 
     return {
-        "plain PIL loop": lambda out: pil_loop(files, out),
+        PIL_LOOP: lambda out: pil_loop(files, out),
         "Caffe's way (OpenCV, LMDB)": lambda out: caffe(files, out),
         "data.pack, JPEG records": packed("jpeg"),
         "data.pack, raw records": packed("raw"),
@@ -129,17 +133,19 @@ def caffe(files: list[Path], out: Path) -> None:
 
 
 def rates(contenders: dict, out: Path, repeats: int, count: int) -> dict:
-    """Pictures per second of core time, `repeats` times each in turns after a round of warm-up: medians, quartiles."""
-    taken = {name: [] for name in contenders}
+    """Pictures per second of core time, `repeats` times each in turns after a round of warm-up: medians, quartiles,
+    and kilobytes a record."""
+    taken, written = {name: [] for name in contenders}, {}
     for number in range(repeats + 1):
         for name, run in contenders.items():
             before = core_seconds()
-            run(out)
+            written[name] = run(out)
             if number:
                 taken[name].append(count / (core_seconds() - before))
             shutil.rmtree(out, ignore_errors=True)
     return {
-        name: {"median": statistics.median(values), "quartiles": statistics.quantiles(values, n=4)[::2]}
+        name: {"median": statistics.median(values), "quartiles": statistics.quantiles(values, n=4)[::2],
+               "kilobytes": written[name] / count / 1000 if written[name] else None}
         for name, values in taken.items()
     }
 
@@ -153,11 +159,12 @@ def core_seconds() -> float:
 def report(result: dict) -> str:
     lines = [f"{result['pictures']} pictures of {result['kilobytes']:.0f} KB, {result['device']}, "
              f"torch {result['torch']}; pictures per second of core time, {time.strftime('%Y-%m-%d')}"]
-    slow = result["rates"]["plain PIL loop"]["median"]
+    slow = result["rates"][PIL_LOOP]["median"]
     for name, entry in result["rates"].items():
         low, high = entry["quartiles"]
         median = entry["median"]
-        lines.append(f"{name:<28} {median:7.0f}  (quartiles {low:.0f} to {high:.0f})  {median / slow:5.2f}x")
+        size = f"  {entry['kilobytes']:.0f} KB a record" if entry["kilobytes"] else ""
+        lines.append(f"{name:<28} {median:7.0f}  (quartiles {low:.0f} to {high:.0f})  {median / slow:5.2f}x{size}")
     return "\n".join(lines)
 
 

@@ -174,6 +174,11 @@ cli.run_script(lambda argv: pack.pack(small_source(), {str(tmp_path / "out")!r})
         (["sample", "--workers", "0"], "--workers"),
         (["sample", "--size", "20"], "--size"),
         (["sample", "--codec", "png"], "--codec"),
+        (["sample", "--only-shards", "0:1"], "give both"),
+        (["sample", "--shards", "4", "--only-shards", "2:2"], "2:2 is not a range such as 0:4"),
+        (["sample", "--shards", "4", "--only-shards", "-1:2"], "--only-shards"),
+        (["sample", "--shards", "4", "--only-shards", "3:5"], "there are 4 shards"),
+        (["sample", "--shards", "100000"], "--shards"),
         (["--verify", "nowhere"], "no such folder"),
     ],
 )

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 SETUP = "pip install -r requirements.txt && "
 PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
-    "studies.ablations": "studies.ablations", "benchmarks.lrn": "benchmarks.lrn",
+    "studies.ablations": "studies.ablations", "benchmarks.lrn": "benchmarks.lrn", "benchmarks.pack": "benchmarks.pack",
     "checkpoints.convert": "checkpoints.convert",
 }
 
