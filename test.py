@@ -33,6 +33,8 @@ def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     if args.predictions and not Path(args.predictions).resolve().parent.is_dir():
         raise UserError(f"--predictions {args.predictions}: there is no such folder")
+    if args.predictions and Path(args.predictions).suffix == ".pt":
+        raise UserError(f"--predictions {args.predictions}: that is what a checkpoint is called; name a .csv file")
     device = utils.pick_device(args.device)
     paths = checkpoint_paths(args)
     if args.images:

@@ -289,7 +289,7 @@ def read_log(path: Path) -> list[dict]:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file, whole or not at all."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # names of files need not be text
 
 
 def plot_curves(log: list[dict], path: Path) -> None:

@@ -18,6 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main) -> None:
     """Run main(argv) as a script: what the user got wrong becomes one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         status = main(sys.argv[1:])
     except UserError as error:

@@ -38,7 +38,7 @@ def kaggle(root: Path) -> Source:
     for needed in (SOLUTION, MAPPING, f"{KAGGLE}/train", f"{KAGGLE}/val"):
         if not (root / needed).exists():
             raise UserError(f"{root} has no {needed}; Kaggle's imagenet-object-localization-challenge brings it")
-    lines = (root / MAPPING).read_text(errors="replace").splitlines()
+    lines = (root / MAPPING).read_text(encoding="utf-8-sig", errors="replace").splitlines()
     words = dict(line.strip().partition(" ")[::2] for line in lines if line.strip())
     data = root / KAGGLE
     wnids = subfolders(data / "train")
@@ -64,7 +64,10 @@ def _kaggle_val(root: Path, folder: Path, numbers: dict[str, int]) -> Split:
     """The validation pictures that the solution lists, found at any depth; one that is not there will be named when it
     is packed."""
     wnid_of = _solution(root / SOLUTION)
-    found = {Path(member).stem: member for member in pictures_below(folder)}
+    members = pictures_below(folder)
+    found = {Path(member).stem: member for member in members}
+    if len(found) < len(members):
+        raise UserError(f"{folder} has several pictures of one name; remove those that are not Kaggle's")
     strangers = sorted(set(found) - set(wnid_of))
     if strangers:
         raise UserError(f"{root / SOLUTION} has no class for {len(strangers)} pictures of {folder}: {strangers[0]}")
@@ -79,7 +82,7 @@ def _kaggle_val(root: Path, folder: Path, numbers: dict[str, int]) -> Split:
 
 def _solution(path: Path) -> dict[str, str]:
     """The wnid of each picture: a line is `ImageId,PredictionString`, the latter a wnid and four numbers a box."""
-    with open(path, newline="", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         try:
             rows = list(csv.DictReader(file))
             answer = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
@@ -106,6 +109,7 @@ def official(root: Path) -> Source:
         members.append(name)
         offsets.append(offset)
         sizes.append(size)
+    _refuse_repeats(root / TRAIN_TAR, members)
     wnids = sorted(set(keys))
     if wnids != sorted(wnid_of.values()):
         odd = sorted(set(wnids) ^ set(wnid_of.values()))
@@ -118,6 +122,7 @@ def official(root: Path) -> Source:
     for tar in sorted(root.glob(TEST_TAR))[-1:]:
         pictures = list(_pictures(tar))
         names, offsets, sizes = zip(*pictures, strict=True)
+        _refuse_repeats(tar, names)
         splits["test"] = file_split(tar, list(names), [UNLABELLED] * len(names), offsets, sizes)
     return file_source(root.resolve().name, wnids, splits)
 
@@ -199,17 +204,26 @@ def _pictures(path: Path) -> Iterator[tuple[str, int, int]]:
 def _official_val(path: Path, labels_in_order: list[int]) -> Split:
     """Picture ILSVRC2012_val_00000001 has the first label."""
     members, labels, offsets, sizes = [], [], [], []
+    numbers = set()
     for name, offset, size in _pictures(path):
         number = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", name)
         if not number or not 1 <= int(number[1]) <= len(labels_in_order):
             raise UserError(f"{path}: the development kit has no label for {name}")
+        numbers.add(int(number[1]))
         members.append(name)
         labels.append(labels_in_order[int(number[1]) - 1])
         offsets.append(offset)
         sizes.append(size)
-    if len(set(members)) < len(labels_in_order):
-        raise UserError(f"{path} has {len(set(members))} pictures, the development kit {len(labels_in_order)} labels")
+    if len(numbers) < len(labels_in_order):
+        raise UserError(f"{path} has {len(numbers)} pictures, the development kit {len(labels_in_order)} labels")
+    _refuse_repeats(path, [Path(member).name for member in members])
     return file_split(path, members, labels, offsets, sizes)
+
+
+def _refuse_repeats(tar: Path, names) -> None:
+    """A tar can hold a file twice, the later one to take the place of the earlier; ImageNet's do not."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{tar} holds pictures of the same name, so it is not the original; download it again")
 
 
 class _Part(io.RawIOBase):
@@ -245,7 +259,9 @@ def _members(what, file, start: int, size: int) -> Iterator[tuple[str, int, int]
                 if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
                     raise damaged
                 last = member.offset
-                if member.isreg():
+                if member.islnk() or member.issym():
+                    print(f"{what}: {member.name} is a link and is left out", flush=True)
+                elif member.isreg() and not member.issparse():
                     yield member.name, start + member.offset_data, member.size
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from data import UserError
 from data.cli import shown
-from data.pictures import Files
+from data.pictures import Files, pixels
 from data.store import FORMAT, sync_folder
 from data.trees import Source
 
@@ -41,16 +43,21 @@ class Job:
 
     @cached_property
     def settings(self) -> dict:
-        """What finished shards must agree on to be kept."""
+        """What the shards of a store must agree on. Pictures that are files count by their names, so that machines
+        with other layouts can share the work; arrays by their content; HDF5 files by their size."""
         settings = {
-            "format": FORMAT, "classes": self.source.classes, "size": self.size, "codec": self.codec,
-            "channels": self.source.channels, "shards": self.shards,
+            "format": FORMAT, "size": self.size, "codec": self.codec, "channels": self.source.channels,
+            "shards": self.shards, "classes": hashlib.sha256(json.dumps(self.source.classes).encode()).hexdigest(),
         }
         for split, part in self.source.splits.items():
             digest = hashlib.sha256(part.labels.tobytes())
             if isinstance(part.pictures, Files):
                 for index in range(len(part.pictures)):
                     digest.update(part.pictures.name(index).encode() + b"\n")
+            elif isinstance(part.pictures, np.ndarray):
+                digest.update(np.ascontiguousarray(part.pictures))
+            else:
+                digest.update(b"%d" % part.pictures.path.stat().st_size)
             settings[f"pictures of {split}"] = digest.hexdigest()
         return settings
 
@@ -61,41 +68,63 @@ class Job:
         return range(first, first + count + (number < more))
 
     def finished(self, split: str, number: int) -> dict | None:
-        """What the .json of a shard says, if it is there and the shard's file is."""
+        """What the .json of a shard says, if it is there and whole, and of this packing."""
         name = shard_name(split, number)
         try:
             entry = json.loads((self.building / f"{name}.json").read_text())
-            return entry if (self.store / name / "data.mdb").stat().st_size == entry["file"]["bytes"] else None
-        except (OSError, ValueError, KeyError):
+            whole = (self.store / name / "data.mdb").stat().st_size == entry["file"]["bytes"]
+            if split == "train":
+                whole = whole and (self.building / f"{name}.npz").stat().st_size == entry["sums"]["bytes"]
+            return entry if whole and entry["job"] == self.settings else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def forget(self, split: str, number: int) -> None:
+        """A finished shard is to be packed again."""
+        (self.building / f"{shard_name(split, number)}.json").unlink()
 
 
 def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
-def refuse_existing(job: Job) -> None:
-    if job.out.exists():
+def refuse_place(job: Job) -> None:
+    try:
+        str(job.out).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(job.out)!a}: LMDB opens paths of UTF-8 text only; choose another --out") from None
+    if os.path.lexists(job.out):
         if job.building.exists() and not job.store.exists():  # a packer was killed just after its last step
             shutil.rmtree(job.building, ignore_errors=True)
         raise UserError(f"{job.out} exists; remove it or choose another --out")
 
 
 def agree(job: Job) -> None:
-    """Keep finished shards of an earlier packing of the same things; refuse to mix them with others."""
-    file = job.building / "job.json"
-    there = {}
-    if any(job.building.glob("*-*.json")):
-        with suppress(OSError, ValueError):
-            there = json.loads(file.read_text())
+    """Refuse to mix finished shards of another packing with this one's."""
+    for file in sorted(job.building.glob("*-*.json")):
+        try:
+            there = dict(json.loads(file.read_text())["job"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: the shard is not called finished
         odd = [name for name, value in job.settings.items() if there.get(name) != value]
         if odd:
             raise UserError(
                 f"{job.building} has finished shards of another packing (not the same: {', '.join(odd)}); remove it, "
                 "or give the same options and the same pictures"
             )
-    if there != job.settings:
-        replace_text(file, json.dumps(job.settings))
+
+
+def forget_mended(job: Job, numbers: range) -> None:
+    """Finished shards are packed again where they left out a picture that can be read by now: somebody mended it."""
+    for split, part in job.source.splits.items():
+        for number in numbers:
+            for skipped in (job.finished(split, number) or {"skipped": ()})["skipped"]:
+                with suppress(Exception):  # pictures raise nearly anything
+                    pixels(part.pictures[skipped["row"]], job.source.channels)
+                    job.forget(split, number)
+                    name = shard_name(split, number)
+                    print(f"{skipped['picture']} can be read now: {name} is packed again", flush=True)
+                    break
 
 
 def replace_text(path: Path, text: str) -> None:

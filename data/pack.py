@@ -20,7 +20,7 @@ import numpy as np
 from data import UserError, sources
 from data.cli import Parser, run_script, shown, whole
 from data.encode import CHUNK, Moments, encode_chunk
-from data.job import Job, agree, refuse_existing, replace_text, shard_name, tidy
+from data.job import Job, agree, forget_mended, refuse_place, replace_text, shard_name, tidy
 from data.pictures import SHORTER_SIDE, Files
 from data.pool import in_order, start_pool
 from data.progress import Progress
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
                         help=f"{', '.join(sources.NAMED)}, a folder (ImageFolder tree, ImageNet's official tar files, "
                         "Kaggle's ImageNet, Caffe's lists) or an .h5 file; data/README.md describes them")
     parser.add_argument("--out", help="folder of the store (default: data/stores/NAME)")
-    parser.add_argument("--size", type=whole(63), metavar="N",
+    parser.add_argument("--size", type=whole(63, 4096), metavar="N",
                         help="side of the stored pictures in pixels (default: 256, small sets 72)")
     parser.add_argument("--codec", choices=CODECS, help="default: raw for small sets, jpeg (quality 90) otherwise")
     parser.add_argument("--workers", type=whole(1), default=os.cpu_count(), help="processes (default: %(default)s)")
@@ -92,7 +92,7 @@ def pack(
     first, last = only or (0, shards)
     if last > shards:
         raise UserError(f"--only-shards {first}:{last}: there are {shards} shards")
-    refuse_existing(job)
+    refuse_place(job)
     job.store.mkdir(parents=True, exist_ok=True)
     with open(job.building / "lock", "a") as lock:
         try:
@@ -100,10 +100,11 @@ def pack(
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, last - first, first)
         except OSError:
             raise UserError(f"another process is packing {out}; wait for it") from None
-        refuse_existing(job)
+        refuse_place(job)
         agree(job)
-        print(f"packing {source.name} into {shown(out)} ({job.size} x {job.size} pixels, {job.codec})", flush=True)
         try:
+            print(f"packing {source.name} into {shown(out)} ({job.size} x {job.size} pixels, {job.codec})", flush=True)
+            forget_mended(job, range(first, last))
             with start_pool(workers) as pool:
                 _write(job, pool, range(first, last))
                 if not _complete(job, pool, lock):
@@ -123,18 +124,18 @@ def pack(
 
 def _write(job: Job, pool, numbers: range) -> None:
     """Write the shards `numbers` of each split, but for those that are finished."""
-    for split, part in job.source.splits.items():
+    for split in job.source.splits:
         entries = {number: job.finished(split, number) for number in numbers}
         total = sum(len(job.rows(split, number)) for number in numbers)
         done = sum(len(job.rows(split, number)) for number, entry in entries.items() if entry)
-        left = int(MAX_SKIPPED * len(part.labels)) - sum(len(entry["skipped"]) for entry in entries.values() if entry)
+        skipped = sum(len(entry["skipped"]) for entry in entries.values() if entry)
         written = None
         with Progress(f"packing {split}", total, start=done) as progress:
             for number in numbers:
                 if entries[number]:
                     continue
-                entry = _write_shard(job, pool, split, number, left, progress)
-                left -= len(entry["skipped"])
+                entry = _write_shard(job, pool, split, number, skipped, progress)
+                skipped += len(entry["skipped"])
                 if written:
                     _finish(job, *written)
                 # Its checksum is made while the next shard is written.
@@ -144,8 +145,9 @@ def _write(job: Job, pool, numbers: range) -> None:
             _finish(job, *written)
 
 
-def _write_shard(job: Job, pool, split: str, number: int, may_skip: int, progress) -> dict:
-    """Write one shard, in order: {first: the key of its first record, count, skipped, repaired}."""
+def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, progress) -> dict:
+    """Write one shard, in order: {first: the key of its first record, count, skipped, repaired, and of training shards
+    sums: size and checksum of the file of sums}."""
     part, rows, name = job.source.splits[split], job.rows(split, number), shard_name(split, number)
     shutil.rmtree(job.store / name, ignore_errors=True)  # what a killed packer left
     writer = ShardWriter(job.store / name)
@@ -160,11 +162,8 @@ def _write_shard(job: Job, pool, split: str, number: int, may_skip: int, progres
             for entry in done.skipped:
                 print(f"left out: {entry['reason']}", file=sys.stderr, flush=True)
             skipped += done.skipped
-            if len(skipped) > may_skip:
-                raise UserError(
-                    f"{len(skipped)} of {len(part.labels)} pictures of {split} cannot be read, more than "
-                    f"{MAX_SKIPPED:.0%}; first: {skipped[0]['reason']}"
-                )
+            if skipped:
+                _stop_if_too_many(job, split, skipped_before + len(skipped), skipped[0])
             for word, names in done.repaired.items():
                 repaired.setdefault(word, []).extend(names)
             if moments:
@@ -174,15 +173,31 @@ def _write_shard(job: Job, pool, split: str, number: int, may_skip: int, progres
     except BaseException:
         writer.abandon()
         raise
-    if moments:
-        np.savez(job.building / f"{name}.npz", count=moments.count, total=moments.total, products=moments.products)
     kinds = {word: {"count": len(names), "first": names[:NAMED_REPAIRS]} for word, names in sorted(repaired.items())}
-    return {"first": rows.start, "count": writer.count, "skipped": skipped, "repaired": kinds}
+    entry = {"first": rows.start, "count": writer.count, "skipped": skipped, "repaired": kinds}
+    if moments:
+        file = job.building / f"{name}.npz"
+        with open(file, "wb") as handle:
+            np.savez(handle, count=moments.count, total=moments.total, products=moments.products)
+            handle.flush()
+            os.fsync(handle.fileno())
+        entry["sums"] = file_entry(file)
+    return entry
+
+
+def _stop_if_too_many(job: Job, split: str, skipped: int, one: dict) -> None:
+    total = len(job.source.splits[split].labels)
+    if skipped > MAX_SKIPPED * total:
+        raise UserError(
+            f"{skipped} of {total} pictures of {split} cannot be read, more than {MAX_SKIPPED:.0%}; one of them: "
+            f"{one['reason']}"
+        )
 
 
 def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
     """Call a shard finished: its .json is written last."""
-    replace_text(job.building / f"{shard_name(split, number)}.json", json.dumps(entry | {"file": file.result()}))
+    entry |= {"job": job.settings, "file": file.result()}
+    replace_text(job.building / f"{shard_name(split, number)}.json", json.dumps(entry))
 
 
 # ---------------------------------------------------------------------------------------------- the store
@@ -199,27 +214,53 @@ def _complete(job: Job, pool, lock) -> bool:
         return False
     if job.out.exists():
         return True
+    agree(job)
     entries = {split: [job.finished(split, n) for n in range(job.shards)] for split in job.source.splits}
     missing = sorted({n for part in entries.values() for n, entry in enumerate(part) if not entry})
     if missing:
         print(f"finished; shards {', '.join(map(str, missing))} of {job.shards} are missing still", flush=True)
         return False
-    _describe(job, entries)
-    verify_records(Store(job.store), pool)
+    for split, part in entries.items():
+        skipped = [one for entry in part for one in entry["skipped"]]
+        if skipped:
+            _stop_if_too_many(job, split, len(skipped), skipped[0])
+    try:
+        _describe(job, entries)
+        verify_records(Store(job.store), pool)
+    except UserError:
+        if not _forget_damaged(job, entries):
+            raise
+        raise UserError("finished shards were damaged on the disk; the same command packs them again") from None
     job.store.rename(job.out)
     sync_folder(job.out.parent)
     shutil.rmtree(job.building, ignore_errors=True)
     return True
 
 
+def _forget_damaged(job: Job, entries: dict[str, list[dict]]) -> int:
+    """How many finished shards are no longer what they were, by their checksums; they are called finished no more."""
+    damaged = 0
+    for split, part in entries.items():
+        for number, entry in enumerate(part):
+            name = shard_name(split, number)
+            files = {job.store / name / "data.mdb": entry["file"], job.building / f"{name}.npz": entry.get("sums")}
+            if any(wanted and file_entry(file) != wanted for file, wanted in files.items()):
+                job.forget(split, number)
+                damaged += 1
+    return damaged
+
+
 def _describe(job: Job, entries: dict[str, list[dict]]) -> None:
     """Write the store's mean, its lists of names and, last, its manifest."""
     source, moments = job.source, Moments(job.shape)
     for number in range(job.shards):
-        with np.load(job.building / f"{shard_name('train', number)}.npz") as sums:
-            part = Moments(job.shape)
-            part.count, part.total, part.products = int(sums["count"]), sums["total"], sums["products"]
-            moments.add(part)
+        try:
+            with np.load(job.building / f"{shard_name('train', number)}.npz") as sums:
+                part = Moments(job.shape)
+                part.count, part.total, part.products = int(sums["count"]), sums["total"], sums["products"]
+                moments.add(part)
+        except Exception as error:  # zipfile and numpy have many for damaged files
+            raise UserError(f"{shard_name('train', number)}.npz is damaged ({type(error).__name__})") from None
     with open(job.store / MEAN, "wb") as file:
         np.save(file, moments.mean().astype(np.float32))
     files = {MEAN: file_entry(job.store / MEAN)}

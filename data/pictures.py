@@ -7,6 +7,7 @@ as Pillow's and faster (results/README.md has the comparison); whatever is odd a
 import io
 import os
 import stat
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Files(Sequence):
     def name(self, index: int) -> str:
         """What a picture is called, fit for a line of UTF-8."""
         name = self.members[index].rpartition("/")[2] if self.flat else self.members[index]
-        return name.replace("\n", " ").encode(errors="backslashreplace").decode()
+        return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -133,8 +134,9 @@ def pixels(picture: Path | File | np.ndarray | Image.Image, channels: int = 3) -
 
 def open_picture(path: Path) -> Image.Image:
     """A picture from a file, decoded. Raises UserError."""
-    with _opened(File(str(path), str(path)).read(), path) as picture:
+    with warnings.catch_warnings(action="ignore"), _opened(File(str(path), str(path)).read(), path) as picture:
         picture.load()
+        _refuse_floats(picture)
         return picture
 
 
@@ -206,6 +208,11 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
+def _refuse_floats(picture: Image.Image) -> None:
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers on no known scale")
+
+
 def _convert(picture: Image.Image, channels: int) -> np.ndarray:
     """Pixels (H, W, channels) of a picture of any mode, turned upright."""
     # Adobe's programs store CMYK inverted, and Pillow takes every JPEG for one of theirs.
@@ -214,8 +221,7 @@ def _convert(picture: Image.Image, channels: int) -> np.ndarray:
         picture = ImageOps.exif_transpose(picture)
     if inverted:
         picture = ImageChops.invert(picture)
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers on no known scale")
+    _refuse_floats(picture)
     if picture.mode.startswith("I"):  # 16 bits: convert() would clip the 32-bit mode they may come in to white
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
     return np.array(picture.convert("L" if channels == 1 else "RGB")).reshape(*picture.size[::-1], channels)

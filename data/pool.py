@@ -5,23 +5,31 @@ import signal
 import threading
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context, parent_process
 
 from data import UserError
 
 
-def start_pool(workers: int) -> ProcessPoolExecutor:
-    """So many processes, all of them started; use it in a with statement."""
+@contextmanager
+def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes, all of them started. Raises UserError where one of them was killed."""
     # Forked workers start at once and do not import the calling script again; elsewhere the system's own way.
     context = get_context("fork" if "fork" in get_all_start_methods() else None)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    pool.submit(os.getpid).result()  # the fork is now, while no LMDB environment is open that they would inherit
-    return pool
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+            pool.submit(os.getpid).result()  # the fork is now, while no LMDB environment is open that it would inherit
+            yield pool
+    except BrokenProcessPool:
+        raise UserError("a packing process was killed (out of memory?); try fewer --workers") from None
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import cv2
     import torch
 
@@ -29,8 +37,6 @@ def _start_worker() -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF blocks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -50,8 +56,6 @@ def in_order(pool, function, jobs):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a packing process was killed (out of memory?); try fewer --workers") from None
     finally:
         for future in waiting:
             future.cancel()

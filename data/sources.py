@@ -229,10 +229,7 @@ def _hdf5(path: Path, name: str) -> Source:
             _check_hdf5(path, classes, found)
             shape = found["train"][0].shape
             splits = {
-                split: Split(
-                    images[:] if images.nbytes <= SMALL_HDF5 else Rows(path.resolve(), images.name, 0, len(images)),
-                    labels.astype(np.int64),
-                )
+                split: Split(_small_or_rows(images, path.resolve(), split), labels.astype(np.int64))
                 for split, (images, labels) in found.items()
             }
     except UserError:
@@ -248,12 +245,17 @@ def _hdf5(path: Path, name: str) -> Source:
     return Source(name, classes, splits, 72 if small else 256, "raw" if small else "jpeg", channels)
 
 
+def _small_or_rows(images, path: Path, split: str) -> np.ndarray | Rows:
+    return images[:] if images.nbytes <= SMALL_HDF5 else Rows(path, f"{split}/images", 0, len(images))
+
+
 def _check_hdf5(path: Path, classes: list[str], splits: dict) -> None:
     if "train" not in splits or len(splits) < 2:
         raise UserError(f"{path} needs train/ and val/ or test/, and has {', '.join(splits) or 'none of them'}")
     for split, (images, labels) in splits.items():
         grey = images.ndim == 3
-        if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
+        shaped = (grey or (images.ndim == 4 and images.shape[3] == 3)) and 0 not in images.shape[1:]
+        if images.dtype != np.uint8 or not shaped:
             raise UserError(f"{path}: {split}/images must be uint8 (N, H, W) or (N, H, W, 3), not {images.shape}")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise UserError(f"{path}: {split}/labels must be whole numbers (N,), not {labels.shape} {labels.dtype}")

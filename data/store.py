@@ -100,7 +100,10 @@ class Store:
         self.codec: str = self.manifest["codec"]
         self.counts = {split: sum(s["count"] for s in shards) for split, shards in self.manifest["shards"].items()}
         self._check_sizes()
-        self.mean = np.load(self.path / MEAN, allow_pickle=False)
+        try:
+            self.mean = np.load(self.path / MEAN, allow_pickle=False)
+        except (ValueError, EOFError):
+            raise UserError(f"{self.path / MEAN} is damaged; copy or pack the store again") from None
 
     def _parse(self, text: bytes) -> dict:
         try:
@@ -134,8 +137,12 @@ class Store:
 
     def names(self, split: str) -> list[str] | None:
         """What the pictures of a split are called, in their order, where the store knows."""
-        file = names_file(split)
-        return (self.path / file).read_text().splitlines() if file in self.manifest["files"] else None
+        if names_file(split) not in self.manifest["files"]:
+            return None
+        names = (self.path / names_file(split)).read_text(encoding="utf-8").split("\n")[:-1]
+        if len(names) != self.counts[split]:
+            raise UserError(f"{self.path / names_file(split)} has {len(names)} names for {self.counts[split]} pictures")
+        return names
 
 
 def names_file(split: str) -> str:

@@ -91,7 +91,8 @@ def pictures_below(folder: str | Path) -> list[str]:
     """Paths, relative to `folder`, of all files at any depth that are named like pictures; links are followed. Hidden
     files are passed over; other files are counted and said to be left out."""
     found, others = [], []
-    for path, names in _walk(str(folder), set()):
+    above = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(folder).resolve().parents)}
+    for path, names in _walk(str(folder), above):
         inside = os.path.relpath(path, folder)
         for name in names:
             member = name if inside == "." else f"{inside}/{name}"
@@ -103,10 +104,11 @@ def pictures_below(folder: str | Path) -> list[str]:
 
 
 def _walk(folder: str, seen: set) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) for a folder and all below it, but for hidden ones; a link into a folder where the
-    walk already was leads nowhere."""
+    """(folder, names of its files) for a folder and all below it, but for hidden ones; a link to a folder above it, or
+    where the walk already was, leads nowhere."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
+        print(f"{folder} leads to where the search comes from or was already, and is left out", flush=True)
         return
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
@@ -142,6 +144,8 @@ def image_folder(root: Path) -> Source:
         if split == "test" and not set(found) & set(classes):
             members = pictures_below(folder)
             if members:
+                print(f"{folder} has no class folders as train/ has: its {len(members)} pictures are taken as "
+                      "unlabelled", flush=True)
                 splits[split] = file_split(folder, members, [UNLABELLED] * len(members))
             continue
         if found != classes:
@@ -202,12 +206,15 @@ def _read_list(root: Path, split: str) -> tuple[list[str], list[int]]:
     """Paths, relative to `root` where they lie in it, and labels."""
     base = f"{split}/" if (root / split).is_dir() else ""
     members, labels = [], []
-    for number, line in enumerate((root / f"{split}.txt").read_text(errors="surrogateescape").splitlines(), 1):
+    text = (root / f"{split}.txt").read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
         path, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not path.strip() or not label.isdecimal():
-            raise UserError(f"{root / split}.txt, line {number}: {line[:60]!r} is not a path and a label from 0 on")
+        if not path.strip() or not label.isdecimal() or len(label) > 6:
+            raise UserError(
+                f"{root / split}.txt, line {number}: {line[:60]!r} is not a path and a label from 0 to 999999"
+            )
         path = path.strip()
         below = base and not os.path.isabs(path) and os.path.exists(os.path.join(root, base, path))
         members.append(base + path if below else path)
@@ -221,9 +228,10 @@ def _keys_of_lists(root: Path, train: tuple[list[str], list[int]], count: int) -
     """A key for each class, and what the keys are called."""
     file = next((root / name for name in NAMES_OF_LISTS if (root / name).is_file()), None)
     if file is not None:
-        lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        if len(lines) != count:
-            raise UserError(f"{file} names {len(lines)} classes, train.txt has {count}")
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if len(lines) != count or len(set(lines)) != count:
+            raise UserError(f"{file} names {len(set(lines))} classes, train.txt has {count}")
         if not all(line.split()[0] in ilsvrc_wnids() for line in lines):
             return lines, {}
         return [line.split()[0] for line in lines], {}

@@ -59,3 +59,8 @@ def streaming(store, out, *more):
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(), start_new_session=True,
     )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files below a folder, by their paths."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

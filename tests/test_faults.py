@@ -14,20 +14,15 @@ from pathlib import Path
 import h5py
 import imagenet_files as small
 import numpy as np
-import pytest
 from conftest import pictures, small_source
-from helpers import ROOT
+from helpers import ROOT, content
 from PIL import Image
 from test_pictures import ODD
 
-from data import UserError, pack, sources
+from data import pack, sources
 
 KILLS = 20
 PICTURES, ARCHIVES = 240, 60  # mutated ones
-
-
-def content(store: Path) -> dict:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------- kills
@@ -78,105 +73,6 @@ def test_after_twenty_kills_the_store_is_that_of_an_unbroken_run(tmp_path):
     assert not list(tmp_path.glob(".*"))
     assert whole  # some rounds came to their end ...
     assert kept  # ... and some kills met finished shards
-
-
-def fail_at(number: int, monkeypatch):
-    """Packing stops with an error at one shard of the training split."""
-    write = pack._write_shard
-
-    def failing(job, pool, split, shard, *more):
-        if (split, shard) == ("train", number):
-            raise RuntimeError("enough")
-        return write(job, pool, split, shard, *more)
-
-    monkeypatch.setattr(pack, "_write_shard", failing)
-    return write
-
-
-def test_finished_shards_are_kept_and_others_refused(tmp_path, monkeypatch, capfd):
-    out = tmp_path / "out"
-    unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=4)
-    write = fail_at(3, monkeypatch)
-    with pytest.raises(RuntimeError, match="enough"):
-        pack.pack(small_source(), out, shards=4)
-    assert "2 of 12 shards are kept in" in capfd.readouterr().out  # the third was not called finished yet
-    files = sorted((tmp_path / ".out.packing/store").rglob("data.mdb"))
-    assert [file.parent.name for file in files] == ["train-00000", "train-00001"]
-    before = [file.stat().st_ino for file in files]
-    monkeypatch.setattr(pack, "_write_shard", write)
-    for changed, odd in (({"shards": 5}, "shards"), ({"shards": 4, "size": 64}, "size"),
-                         ({"shards": 4, "codec": "jpeg"}, "codec")):
-        with pytest.raises(UserError, match=rf"finished shards of another packing \(not the same: {odd}\); remove it"):
-            pack.pack(small_source(), out, **changed)
-    with pytest.raises(UserError, match=r"not the same: pictures of train"):
-        pack.pack(small_source(counts=(97, 21, 30)), out, shards=4)
-    store = pack.pack(small_source(), out, shards=4)
-    assert content(out) == content(unbroken.path)
-    assert [(store.path / f.parent.name / f.name).stat().st_ino for f in files] == before
-
-
-def test_a_finished_shard_that_is_torn_is_packed_again(tmp_path, monkeypatch):
-    unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=4)
-    write = fail_at(3, monkeypatch)
-    with pytest.raises(RuntimeError, match="enough"):
-        pack.pack(small_source(), tmp_path / "out", shards=4)
-    monkeypatch.setattr(pack, "_write_shard", write)
-    os.truncate(tmp_path / ".out.packing/store/train-00001/data.mdb", 5000)
-    (tmp_path / ".out.packing/train-00000.json").write_text('{"first": 0, "cou')
-    pack.pack(small_source(), tmp_path / "out", shards=4)
-    assert content(tmp_path / "out") == content(unbroken.path)
-
-
-# ---------------------------------------------------------------------------------------------- several machines
-
-
-def test_machines_share_the_work(tmp_path, capfd):
-    """--only-shards in any order: the last one makes the store, with the bytes that one machine makes."""
-    unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=5)
-    assert pack.pack(small_source(), tmp_path / "out", shards=5, only=(3, 5)) is None
-    assert "shards 0, 1, 2 of 5 are missing still" in capfd.readouterr().out
-    assert pack.pack(small_source(), tmp_path / "out", shards=5, only=(1, 3)) is None
-    assert pack.pack(small_source(), tmp_path / "out", shards=5, only=(0, 2)).counts == unbroken.counts
-    assert content(tmp_path / "out") == content(unbroken.path)
-    with pytest.raises(UserError, match="--only-shards 4:6: there are 5 shards"):
-        pack.pack(small_source(), tmp_path / "more", shards=5, only=(4, 6))
-
-
-def test_machines_at_the_same_time(tmp_path):
-    """Four processes, a shard or two each, at once: whoever comes last completes the store; the same shard twice is
-    refused."""
-    source = small_source("x", counts=(200, 40, 20), shape=(200, 200, 3))
-    fork = multiprocessing.get_context("fork")
-    ranges = [(0, 2), (2, 3), (3, 5), (5, 6)]
-    processes = [fork.Process(target=pack.pack, args=(source, tmp_path / "out"), kwargs={"shards": 6, "only": part})
-                 for part in ranges]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
-    unbroken = pack.pack(source, tmp_path / "unbroken", shards=6)
-    assert content(tmp_path / "out") == content(unbroken.path)
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_shard_that_another_process_packs_is_refused(tmp_path, monkeypatch):
-    seen = []
-    command = [sys.executable, "-m", "data.pack", "sample", "--out", str(tmp_path / "out"), "--shards", "4"]
-
-    def write(*_):
-        for part in ("1:3", "2:4"):
-            done = subprocess.run([*command, "--only-shards", part], cwd=ROOT, capture_output=True, text=True)
-            seen.append((done.returncode, done.stderr + done.stdout))
-        raise RuntimeError("enough")
-
-    monkeypatch.setattr(pack, "_write", write)
-    with pytest.raises(RuntimeError, match="enough"):
-        pack.pack(sources.find("sample"), tmp_path / "out", shards=4, only=(0, 2))
-    assert seen[0][0] == 2
-    assert "another process is packing" in seen[0][1]
-    assert seen[1][0] == 0
-    assert "finished; other processes are still at work" in seen[1][1]
 
 
 # ---------------------------------------------------------------------------------------------- mutations

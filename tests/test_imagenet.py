@@ -2,22 +2,23 @@
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import imagenet_files as small
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, content
 
 import test as testing
 from data import UserError, imagenet, pack, sources
-from data.store import Store
 from data.trees import ilsvrc_wnids
 
 
@@ -38,14 +39,10 @@ def stores(places):
     return made
 
 
-def content(store: Store) -> dict:
-    return {str(p.relative_to(store.path)): p.read_bytes() for p in sorted(store.path.rglob("*")) if p.is_file()}
-
-
 @pytest.mark.parametrize("name", ["kaggle", "official", "lists"])
 def test_every_layout_gives_the_same_store(stores, name):
     """Bit for bit, as the one packed from an ImageFolder tree; the number of workers differs, too."""
-    tree, other = content(stores["tree"]), content(stores[name])
+    tree, other = content(stores["tree"].path), content(stores[name].path)
     assert list(tree) == list(other)
     assert [file for file in tree if tree[file] != other[file]] == []
 
@@ -276,45 +273,35 @@ def test_a_long_tar_needs_no_object_for_each_picture(places):
     assert part[:64].offsets.nbytes == 64 * 8
 
 
-# ---------------------------------------------------------------------------------------------- lists
-
-
-def test_lists_say_what_is_wrong_with_them(tree, tmp_path):
-    lines = {s: [f"{c}/{n}.png {label}" for label, c in enumerate(("cat", "dog")) for n in range(3)] for s in
-             ("train", "val")}
-    cases = (
-        ("train", ["cat/0.png"], r"train.txt, line 7: 'cat/0.png' is not a path and a label"),
-        ("train", ["cat/0.png -1"], "is not a path and a label"),
-        ("train", ["cat/0.png 3"], "no picture of class 2; labels count from 0 without gaps"),
-        ("val", ["cat/0.png 2"], "val.txt has label 2, train.txt goes up to 1"),
-    )
-    for split, more, message in cases:
-        for name, whole in lines.items():
-            (tree / f"{name}.txt").write_text("\n".join(whole + (more if name == split else [])))
-        with pytest.raises(UserError, match=message):
-            sources.find(str(tree))
-    (tree / "val.txt").write_text("")
-    with pytest.raises(UserError, match="names no pictures"):
-        sources.find(str(tree))
-    for name, whole in lines.items():
-        (tree / f"{name}.txt").write_text("\n".join(whole))
-    assert sources.find(str(tree)).classes == ["cat", "dog"]
-    (tree / "classes.txt").write_text("a cat\na dog\n")
-    assert sources.find(str(tree)).classes == ["a cat", "a dog"]
-    (tree / "classes.txt").write_text("a cat\n")
-    with pytest.raises(UserError, match=r"names 1 classes, train.txt has 2"):
-        sources.find(str(tree))
-
-
-def test_lists_in_another_order_than_published_keep_their_own_names(places, tmp_path, capsys):
-    """The development kit's numbers, say: the classes get the names of their folders, and it is said."""
-    root = tmp_path / "lists"
-    root.mkdir()
-    train = small.files()["train"]
-    for split in ("train", "val"):
-        (root / f"{split}.txt").write_text("".join(
-            f"{places['tree']}/train/{small.WNIDS[label]}/{name} {999 - label}\n" for name, (label, _) in train.items()
-        ))
-    source = sources.find(str(root))
-    assert (source.classes[999], source.wnids[0]) == ("tench", "n15075141")
-    assert "in another order than published checkpoints" in capsys.readouterr().out
+def test_what_is_there_twice_or_is_a_link_is_not_passed_over(places, tmp_path, capsys):
+    """A tar to which a file was appended again, a picture of the same name elsewhere, a hard link."""
+    root = copied(places, "official", tmp_path)
+    val, train = root / "ILSVRC2012_img_val.tar", root / "ILSVRC2012_img_train.tar"
+    pictures = {name: data for name, (_, data) in small.files()["val"].items()}
+    first, *_, last = sorted(pictures)
+    whole = val.read_bytes()
+    val.write_bytes(small.tar_bytes({name: data for name, data in pictures.items() if name != last}
+                                    | {f"val/{first}": pictures[first]}))
+    with pytest.raises(UserError, match="has 999 pictures, the development kit 1000 labels"):
+        sources.find(str(root))
+    val.write_bytes(small.tar_bytes(pictures | {f"val/{first}": pictures[first]}))
+    with pytest.raises(UserError, match="pictures of the same name"):
+        sources.find(str(root))
+    val.write_bytes(whole)
+    with tarfile.open(train, "a") as tar:
+        link = tarfile.TarInfo("n00000000.tar")
+        link.type, link.linkname = tarfile.LNKTYPE, "n01440764.tar"
+        tar.addfile(link)
+    sources.find(str(root))
+    assert "n00000000.tar is a link and is left out" in capsys.readouterr().out
+    with tarfile.open(train, "a") as tar:
+        again = small.tar_bytes({"n01440764_18.JPEG": pictures[first]})
+        info = tarfile.TarInfo("n01440764.tar")
+        info.size = len(again)
+        tar.addfile(info, io.BytesIO(again))
+    with pytest.raises(UserError, match="pictures of the same name"):
+        sources.find(str(root))
+    kaggle = Path(shutil.copytree(places["kaggle"], tmp_path / "kaggle"))
+    small.write(kaggle / "ILSVRC/Data/CLS-LOC/val/more" / first, pictures[last])
+    with pytest.raises(UserError, match="several pictures of one name"):
+        sources.find(str(kaggle))

@@ -173,6 +173,7 @@ cli.run_script(lambda argv: pack.pack(small_source(), {str(tmp_path / "out")!r})
         (["sample", "--verify", "x"], "give a SOURCE"),
         (["sample", "--workers", "0"], "--workers"),
         (["sample", "--size", "20"], "--size"),
+        (["sample", "--size", "70000"], "to 4096"),
         (["sample", "--codec", "png"], "--codec"),
         (["sample", "--only-shards", "0:1"], "give both"),
         (["sample", "--shards", "4", "--only-shards", "2:2"], "2:2 is not a range such as 0:4"),

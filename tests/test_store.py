@@ -100,12 +100,31 @@ def test_missing_files_and_foreign_folders_are_named(copy, tmp_path):
         store.Store(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         store.Store(tmp_path / "nowhere")
+    mean = (copy / "mean.npy").read_bytes()
+    (copy / "mean.npy").write_bytes(b"X" + mean[1:])
+    with pytest.raises(UserError, match=r"mean.npy is damaged"):
+        store.Store(copy)
     (copy / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         store.Store(copy)
     (copy / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="lacks"):
         store.Store(copy)
+
+
+def test_a_store_of_format_1_is_read(copy):
+    """Its shards have no `first`, its manifest no wnids, repairs and unlabelled splits; keys count through the shards,
+    as they do here, where nothing was left out."""
+    expected = store.Store(copy).split("train").read(np.arange(96))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name in ("wnids", "repaired", "unlabelled"):
+        del manifest[name]
+    for shard in (shard for part in manifest["shards"].values() for shard in part):
+        del shard["first"]
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    old = store.Store(copy)
+    assert all(np.array_equal(*pair) for pair in zip(old.split("train").read(np.arange(96)), expected, strict=True))
+    assert (old.wnids, old.unlabelled, old.names("val")) == (None, [], None)
 
 
 def test_a_damaged_record_is_named(copy):

@@ -83,7 +83,8 @@ def test_single_pictures(run_folder, store, tmp_path, capsys):
     assert sum(shares[:4]) == pytest.approx(100, abs=0.05)
     assert shares[:4] == sorted(shares[:4], reverse=True)
     (tmp_path / "c.png").write_bytes(b"no picture")
-    for name in ("c.png", "missing.png"):
+    Image.fromarray(np.ones((80, 80), np.float32)).save(tmp_path / "float.tif")
+    for name in ("c.png", "missing.png", "float.tif"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             test.main([str(run_folder / "best.pt"), "--images", str(tmp_path / name)])
 
@@ -108,6 +109,7 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
         ([best, "--data", str(tmp_path)], "is not a store"),
         ([best, "--predictions", "nowhere/p.csv"], "no such folder"),
         ([best, "--images", "cat.jpg", "--per-class"], "go with a data set"),
+        ([best, "--predictions", best], "that is what a checkpoint is called"),
     ):
         with pytest.raises(UserError, match=message):
             test.main(arguments)

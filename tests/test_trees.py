@@ -1,0 +1,116 @@
+"""data/trees.py: folders and lists as people make them."""
+
+import os
+import subprocess
+import sys
+
+import imagenet_files as small
+import numpy as np
+import pytest
+from conftest import pictures
+from helpers import ROOT
+from PIL import Image
+
+from data import UserError, pack, sources
+
+
+def test_names_that_are_no_lines_of_text_stay_in_step(tree, tmp_path, capsys):
+    """Line separators of every kind and bytes that are no UTF-8, in names of pictures: one name a picture."""
+    names = ["a\rb", "c\x0cd", "e\x85f", "g\u2028h", "i\nj", "k\udcffl", "caf\u00e9"]
+    for name in names:
+        os.rename(tree / "val/cat/0.png", os.fsencode(tree / "val/cat" / f"{name}.png"))
+        Image.fromarray(pictures(1, (80, 80, 3))[0]).save(tree / "val/cat/0.png")
+    store = pack.pack(sources.find(str(tree)), tmp_path / "store", size=64)
+    found = store.names("val")
+    assert len(found) == store.counts["val"] == 13
+    assert {"cat/a\\rb.png", "cat/g\\u2028h.png", "cat/k\\udcffl.png", "cat/caf\u00e9.png"} <= set(found)
+    assert [name.split("/")[0] for name in found] == ["cat"] * 10 + ["dog"] * 3
+
+
+def test_names_that_are_no_text_are_printed_all_the_same(tree, tmp_path):
+    """Under a strict UTF-8 locale: what is left out, a source and an --out of such names."""
+    (tree / os.fsdecode(b"train/cat/L\xe9.txt")).touch()
+    (tree / os.fsdecode(b"train/L\xe9.jpg")).touch()
+    odd = os.fsencode(tree.rename(tree.parent / os.fsdecode(b"tr\xe9e")))
+
+    def packed(out: bytes):
+        command = [sys.executable, "-m", "data.pack", odd, "--size", "64", "--out", os.fsencode(tmp_path) + out]
+        env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+
+    done = packed(b"/st\xf6re")
+    assert done.returncode == 2
+    assert done.stderr.endswith("LMDB opens paths of UTF-8 text only; choose another --out\n")
+    done = packed(b"/store")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 files are not named like pictures" in done.stdout
+    assert "1 pictures lie in no class folder" in done.stdout
+
+
+def test_links_to_folders_above_lead_nowhere(tree, capsys):
+    """Else all of the other class's pictures, or the validation split's, would be this class's."""
+    (tree / "train/cat/up").symlink_to("..")
+    (tree / "train/cat/top").symlink_to("../..")
+    (tree / "train/dog/loop").symlink_to(".")
+    (tree / "elsewhere").mkdir()
+    os.rename(tree / "train/dog/5.png", tree / "elsewhere/5.png")
+    (tree / "train/dog/linked").symlink_to("../../elsewhere")
+    assert np.bincount(sources.find(str(tree)).splits["train"].labels).tolist() == [6, 6]
+    assert capsys.readouterr().out.count("leads to where the search comes from") == 3
+
+
+def test_folders_of_other_names_are_found_and_doubts_are_said(tree, capsys):
+    os.rename(tree / "train", tree / "Train")
+    os.rename(tree / "val", tree / "validation")
+    (tree / "TEST/Cat").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tree / "TEST/Cat/0.PNG")
+    source = sources.find(str(tree))
+    assert source.splits["test"].labels.tolist() == [-1]
+    assert "has no class folders as train/ has: its 1 pictures are taken as unlabelled" in capsys.readouterr().out
+    (tree / "val").mkdir()
+    with pytest.raises(UserError, match="has val and validation: which one is val"):
+        sources.find(str(tree))
+
+
+def test_lists_say_what_is_wrong_with_them(tree, tmp_path):
+    lines = {s: [f"{c}/{n}.png {label}" for label, c in enumerate(("cat", "dog")) for n in range(3)] for s in
+             ("train", "val")}
+    cases = (
+        ("train", ["cat/0.png"], r"train.txt, line 7: 'cat/0.png' is not a path and a label"),
+        ("train", ["cat/0.png -1"], "is not a path and a label"),
+        ("train", ["cat/0.png 3"], "no picture of class 2; labels count from 0 without gaps"),
+        ("train", ["cat/0.png 3000000000"], "from 0 to 999999"),
+        ("val", ["cat/0.png " + "9" * 5000], "from 0 to 999999"),
+        ("val", ["cat/0.png 2"], "val.txt has label 2, train.txt goes up to 1"),
+    )
+    for split, more, message in cases:
+        for name, whole in lines.items():
+            (tree / f"{name}.txt").write_text("\n".join(whole + (more if name == split else [])))
+        with pytest.raises(UserError, match=message):
+            sources.find(str(tree))
+    (tree / "val.txt").write_text("")
+    with pytest.raises(UserError, match="names no pictures"):
+        sources.find(str(tree))
+    for name, whole in lines.items():
+        (tree / f"{name}.txt").write_text("\ufeff" + "\r\n".join(whole))  # a byte-order mark, and Windows' line ends
+    assert [part.pictures[0].read()[1:4] for part in sources.find(str(tree)).splits.values()] == [b"PNG", b"PNG"]
+    assert sources.find(str(tree)).classes == ["cat", "dog"]
+    (tree / "classes.txt").write_text("a cat\na dog\n")
+    assert sources.find(str(tree)).classes == ["a cat", "a dog"]
+    (tree / "classes.txt").write_text("a cat\na cat\n")
+    with pytest.raises(UserError, match=r"names 1 classes, train.txt has 2"):
+        sources.find(str(tree))
+
+
+def test_lists_in_another_order_than_published_keep_their_own_names(tmp_path, capsys):
+    """The development kit's numbers, say: the classes get the names of their folders, and it is said."""
+    tree, root = small.tree(tmp_path / "tree"), tmp_path / "lists"
+    root.mkdir()
+    train = small.files()["train"]
+    for split in ("train", "val"):
+        (root / f"{split}.txt").write_text("".join(
+            f"{tree}/train/{small.WNIDS[label]}/{name} {999 - label}\n" for name, (label, _) in train.items()
+        ))
+    source = sources.find(str(root))
+    assert (source.classes[999], source.wnids[0]) == ("tench", "n15075141")
+    assert "in another order than published checkpoints" in capsys.readouterr().out
