@@ -98,7 +98,7 @@ def pack(
         try:
             # A byte a shard. Unlike flock's, these locks hold between machines, and forked workers do not inherit them.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, last - first, first)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"another process is packing {out}; wait for it") from None
         refuse_place(job)
         agree(job)
@@ -106,8 +106,8 @@ def pack(
             print(f"packing {source.name} into {shown(out)} ({job.size} x {job.size} pixels, {job.codec})", flush=True)
             forget_mended(job, range(first, last))
             with start_pool(workers) as pool:
-                _write(job, pool, range(first, last))
-                if not _complete(job, pool, lock):
+                resumed = not _write(job, pool, range(first, last))
+                if not _complete(job, pool, lock, resumed):
                     return None
         except BaseException:
             tidy(job, range(first, last))
@@ -122,8 +122,9 @@ def pack(
 # ---------------------------------------------------------------------------------------------- shards
 
 
-def _write(job: Job, pool, numbers: range) -> None:
-    """Write the shards `numbers` of each split, but for those that are finished."""
+def _write(job: Job, pool, numbers: range) -> bool:
+    """Write the shards `numbers` of each split, but for those that are finished; whether that was the whole store."""
+    count = 0
     for split in job.source.splits:
         entries = {number: job.finished(split, number) for number in numbers}
         total = sum(len(job.rows(split, number)) for number in numbers)
@@ -134,6 +135,7 @@ def _write(job: Job, pool, numbers: range) -> None:
             for number in numbers:
                 if entries[number]:
                     continue
+                count += 1
                 entry = _write_shard(job, pool, split, number, skipped, progress)
                 skipped += len(entry["skipped"])
                 if written:
@@ -143,6 +145,7 @@ def _write(job: Job, pool, numbers: range) -> None:
                 written = split, number, entry, pool.submit(file_entry, path)
         if written:
             _finish(job, *written)
+    return count == job.shards * len(job.source.splits)
 
 
 def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, progress) -> dict:
@@ -203,13 +206,14 @@ def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
 # ---------------------------------------------------------------------------------------------- the store
 
 
-def _complete(job: Job, pool, lock) -> bool:
-    """Make the store of finished shards and move it to its place; false where shards are missing."""
+def _complete(job: Job, pool, lock, resumed: bool) -> bool:
+    """Make the store of finished shards and move it to its place; false where shards are missing. resumed: some were
+    finished by others, and are compared with their checksums, too."""
     # Everybody lets go of his shards before he reaches for all of them: of several, the last one gets them.
     fcntl.lockf(lock, fcntl.LOCK_UN)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         print("finished; other processes are still at work, and the last one makes the store", flush=True)
         return False
     if job.out.exists():
@@ -226,7 +230,7 @@ def _complete(job: Job, pool, lock) -> bool:
             _stop_if_too_many(job, split, len(skipped), skipped[0])
     try:
         _describe(job, entries)
-        verify_records(Store(job.store), pool)
+        (verify if resumed else verify_records)(Store(job.store), pool)
     except UserError:
         if not _forget_damaged(job, entries):
             raise

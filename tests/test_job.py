@@ -180,18 +180,18 @@ def test_an_hdf5_file_that_was_replaced_is_noticed(tmp_path, monkeypatch):
         pack.pack(changed, tmp_path / "out", shards=2)
 
 
-@pytest.mark.parametrize("damage", ["no sums", "sums", "records"])
+@pytest.mark.parametrize("damage", ["no sums", "sums", "records", "unused byte"])
 def test_finished_shards_that_rot_on_the_disk_are_packed_again(tmp_path, monkeypatch, damage):
     """Cut off, they are not called finished; with a flipped bit it comes out at the end, and the next run mends it."""
     unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=2)
     assert pack.pack(small_source(), tmp_path / "out", shards=2, only=(0, 1)) is None
     building = tmp_path / ".out.packing"
-    file = building / ("store/train-00000/data.mdb" if damage == "records" else "train-00000.npz")
+    file = building / ("train-00000.npz" if "sums" in damage else "store/train-00000/data.mdb")
     if damage == "no sums":
         os.truncate(file, 0)
     else:
         data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
+        data[3000 if damage == "unused byte" else len(data) // 2] ^= 1
         file.write_bytes(data)
         with pytest.raises(UserError, match="damaged on the disk; the same command packs them again"):
             pack.pack(small_source(), tmp_path / "out", shards=2)
