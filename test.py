@@ -222,7 +222,7 @@ def make_parser() -> Parser:
     which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
     which.add_argument("--data", metavar="STORE", help="a store (default: what the checkpoint was trained on)")
     which.add_argument("--images", nargs="+", metavar="PICTURE", help="name these pictures' classes instead")
-    parser.add_argument("--split", choices=("test", "val"), help="default: test if there is one, else val")
+    parser.add_argument("--split", choices=("test", "val"), help="default: test if there is one with labels, else val")
     parser.add_argument("--batch-size", type=whole(1), default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true",

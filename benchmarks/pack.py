@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import utils
-from data import encode, pack, trees
+from data import UserError, encode, pack, trees
 from data.cli import Parser, run_script, whole
 from data.pictures import square
 
@@ -38,6 +38,8 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         members = trees.pictures_below(args.pictures)[: args.count] if args.pictures else []
+        if args.pictures and not members:
+            raise UserError(f"--pictures {args.pictures} holds no pictures")
         root = Path(args.pictures) if args.pictures else place
         members = members or [photograph(place, number, args.quality) for number in range(args.count)]
         files = [root / member for member in members]

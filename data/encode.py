@@ -77,6 +77,8 @@ def encode_chunk(job) -> Encoded:
             array, odd = pixels(pictures[index], shape[2])
             small = square(array, shape[0])
             done.records.append(encode_record(payload(small, codec), label, shape, codec))
+        except (OSError, MemoryError):  # the machine's fault, not the picture's: stop, to be resumed
+            raise
         except Exception as error:  # pictures that are odd enough raise nearly anything
             reason = str(error) if isinstance(error, UserError) else f"{name} cannot be packed ({error!r})"
             done.skipped.append({"row": first + index, "picture": name, "reason": reason})

@@ -259,9 +259,9 @@ def _members(what, file, start: int, size: int) -> Iterator[tuple[str, int, int]
                 if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
                     raise damaged
                 last = member.offset
-                if member.islnk() or member.issym():
-                    print(f"{what}: {member.name} is a link and is left out", flush=True)
-                elif member.isreg() and not member.issparse():
+                if member.islnk() or member.issym() or member.issparse():
+                    print(f"{what}: {member.name} is a link or sparse and is left out", flush=True)
+                elif member.isreg():
                     yield member.name, start + member.offset_data, member.size
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):

@@ -106,7 +106,7 @@ def agree(job: Job) -> None:
             there = dict(json.loads(file.read_text())["job"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: the shard is not called finished
-        odd = [name for name, value in job.settings.items() if there.get(name) != value]
+        odd = [name for name in job.settings | there if there.get(name) != job.settings.get(name)]
         if odd:
             raise UserError(
                 f"{job.building} has finished shards of another packing (not the same: {', '.join(odd)}); remove it, "

@@ -60,9 +60,10 @@ def make_parser() -> Parser:
     parser.add_argument("--size", type=whole(63, 4096), metavar="N",
                         help="side of the stored pictures in pixels (default: 256, small sets 72)")
     parser.add_argument("--codec", choices=CODECS, help="default: raw for small sets, jpeg (quality 90) otherwise")
-    parser.add_argument("--workers", type=whole(1), default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)),
+                        help="processes (default: one a core, %(default)s)")
     parser.add_argument("--shards", type=whole(1, 99_999), metavar="N",
-                        help=f"LMDB files a split (default: one for each {PICTURES_A_SHARD:,} training pictures)")
+                        help=f"LMDB files a split (default: one for every full {PICTURES_A_SHARD:,} training pictures)")
     parser.add_argument("--only-shards", type=shard_range, metavar="A:B",
                         help="pack the shards from A up to, not including, B, and leave the others to other machines; "
                         "the last one makes the store")
@@ -132,19 +133,21 @@ def _write(job: Job, pool, numbers: range) -> bool:
         skipped = sum(len(entry["skipped"]) for entry in entries.values() if entry)
         written = None
         with Progress(f"packing {split}", total, start=done) as progress:
-            for number in numbers:
-                if entries[number]:
-                    continue
-                count += 1
-                entry = _write_shard(job, pool, split, number, skipped, progress)
-                skipped += len(entry["skipped"])
+            try:
+                for number in numbers:
+                    if entries[number]:
+                        continue
+                    count += 1
+                    entry = _write_shard(job, pool, split, number, skipped, progress)
+                    skipped += len(entry["skipped"])
+                    if written:
+                        _finish(job, *written)
+                    # Its checksum is made while the next shard is written.
+                    path = job.store / shard_name(split, number) / "data.mdb"
+                    written = split, number, entry, pool.submit(file_entry, path)
+            finally:  # also where the next shard failed
                 if written:
                     _finish(job, *written)
-                # Its checksum is made while the next shard is written.
-                path = job.store / shard_name(split, number) / "data.mdb"
-                written = split, number, entry, pool.submit(file_entry, path)
-        if written:
-            _finish(job, *written)
     return count == job.shards * len(job.source.splits)
 
 
@@ -153,6 +156,7 @@ def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, p
     sums: size and checksum of the file of sums}."""
     part, rows, name = job.source.splits[split], job.rows(split, number), shard_name(split, number)
     shutil.rmtree(job.store / name, ignore_errors=True)  # what a killed packer left
+    place = f" of {part.pictures.place}" if isinstance(part.pictures, Files) else ""
     writer = ShardWriter(job.store / name)
     skipped, repaired, moments = [], {}, Moments(job.shape) if split == "train" else None
     starts = range(rows.start, rows.stop, CHUNK)
@@ -163,7 +167,7 @@ def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, p
             for record in done.records:
                 writer.put(rows.start + writer.count, record)
             for entry in done.skipped:
-                print(f"left out: {entry['reason']}", file=sys.stderr, flush=True)
+                print(f"left out{place}: {entry['reason']}", file=sys.stderr, flush=True)
             skipped += done.skipped
             if skipped:
                 _stop_if_too_many(job, split, skipped_before + len(skipped), skipped[0])
@@ -323,7 +327,7 @@ def named_store(name: str, download: bool | None = True) -> Store:
         return Store(path)
     if download is None:
         raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {name}")
-    return pack(sources.find(name, download), path, workers=os.cpu_count() or 1)
+    return pack(sources.find(name, download), path, workers=len(os.sched_getaffinity(0)))
 
 
 def verify(store: Store, pool) -> None:

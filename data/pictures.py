@@ -1,9 +1,11 @@
 """Pictures as people have them, odd ones included, become uint8 squares.
 
-`to_square` is the one way into a store and into a net. Plain JPEG files are decoded by simplejpeg, to the same pixels
-as Pillow's and faster (results/README.md has the comparison); whatever is odd about a file goes through Pillow.
+`to_square`, that is `pixels` and then `square`, is the one way into a store and into a net. JPEG files are decoded by
+simplejpeg, to the same pixels as Pillow's and faster (results/README.md has the comparison); other formats, and JPEGs
+that are CMYK, turned or faulty, by Pillow.
 """
 
+import errno
 import io
 import os
 import stat
@@ -29,6 +31,7 @@ FORMATS = sorted(set(ENDINGS.values()))
 SHORTER_SIDE, WARPED = "shorter side, antialiased bilinear, centre", "warped, antialiased bilinear"
 MAX_PIXELS = 2**28 // 3  # Pillow's own limit, a quarter of a GiB in RGB; more is taken for a decompression bomb
 MAX_BYTES = 2**28  # of a picture's file
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class File:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes of the file. Raises UserError."""
+        """The bytes of the file. Raises UserError where there is none to be read, and OSError where the disk fails:
+        that is not the picture's fault."""
         try:
             status = os.stat(self.path)
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
@@ -55,6 +59,8 @@ class File:
                 return file.read(size)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             if isinstance(error, UserError):
+                raise
+            if isinstance(error, OSError) and error.errno not in NOT_THERE:
                 raise
             raise UserError(f"{self.name} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -157,7 +163,7 @@ class _opened:
         return self.picture
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
+        if isinstance(error, Exception) and not isinstance(error, UserError | MemoryError):
             raise self._complaint(error) from None
 
     def _complaint(self, error: Exception) -> UserError:

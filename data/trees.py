@@ -221,6 +221,8 @@ def _read_list(root: Path, split: str) -> tuple[list[str], list[int]]:
         labels.append(int(label))
     if not members:
         raise UserError(f"{root / split}.txt names no pictures")
+    if not any(os.path.exists(os.path.join(root, member)) for member in members[:100]):
+        raise UserError(f"{root / split}.txt: {members[0]} is not there, neither in {root / split} nor in {root}")
     return members, labels
 
 

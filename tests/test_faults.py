@@ -1,5 +1,6 @@
 """Packing under attack: killed at random moments, and fed with mutated pictures and archives. Seeds are fixed."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 import h5py
 import imagenet_files as small
 import numpy as np
+import pytest
 from conftest import pictures, small_source
 from helpers import ROOT, content
 from PIL import Image
@@ -131,7 +133,7 @@ def test_mutated_pictures_are_packed_or_named(tmp_path):
     skipped = [entry["picture"] for entry in done["skipped"]]
     assert done["records"] == PICTURES - len(skipped) + 2
     assert len(set(skipped)) == len(skipped)
-    assert all(f"left out: {entry['reason']}\n" in stderr for entry in done["skipped"])
+    assert all(f"left out of {tmp_path}/tree/train: {entry['reason']}\n" in stderr for entry in done["skipped"])
     assert 60 < len(skipped) < 220  # neither all nor none
     assert done["repaired"]["train"]["faulty JPEG data"]["count"]
     assert memory < 2e9
@@ -174,6 +176,24 @@ def test_mutated_archives_are_packed_or_refused(tmp_path):
         assert result["mislabelled"] <= 3
     assert min(len(refused), len(packed)) > 5
     assert memory < 2e9
+
+
+def test_a_disk_that_fails_is_not_the_pictures_fault(tree, tmp_path, monkeypatch):
+    """A stale NFS handle, an I/O error: the packing stops and can be resumed, instead of leaving good pictures out."""
+    look = os.stat
+
+    def failing(path, *more, **options):
+        if str(path).endswith("dog/3.png"):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return look(path, *more, **options)
+
+    source = sources.find(str(tree))
+    monkeypatch.setattr("data.pictures.os.stat", failing)
+    with pytest.raises(OSError, match="Stale file handle"):
+        pack.pack(source, tmp_path / "out", size=64)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert pack.pack(source, tmp_path / "out", size=64).counts == {"train": 12, "val": 6}
 
 
 def test_a_png_that_claims_to_be_huge(tmp_path):

@@ -36,9 +36,9 @@ def test_finished_shards_are_kept_and_others_refused(tmp_path, monkeypatch, capf
     write = fail_at(3, monkeypatch)
     with pytest.raises(RuntimeError, match="enough"):
         pack.pack(small_source(), out, shards=4)
-    assert "2 of 12 shards are kept in" in capfd.readouterr().out  # the third was not called finished yet
+    assert "3 of 12 shards are kept in" in capfd.readouterr().out
     files = sorted((tmp_path / ".out.packing/store").rglob("data.mdb"))
-    assert [file.parent.name for file in files] == ["train-00000", "train-00001"]
+    assert [file.parent.name for file in files] == ["train-00000", "train-00001", "train-00002"]
     before = [file.stat().st_ino for file in files]
     monkeypatch.setattr(pack, "_write_shard", write)
     for changed, odd in (({"shards": 5}, "shards"), ({"shards": 4, "size": 64}, "size"),
@@ -47,6 +47,10 @@ def test_finished_shards_are_kept_and_others_refused(tmp_path, monkeypatch, capf
             pack.pack(small_source(), out, **changed)
     with pytest.raises(UserError, match=r"not the same: pictures of train"):
         pack.pack(small_source(counts=(97, 21, 30)), out, shards=4)
+    fewer = small_source()
+    del fewer.splits["test"]
+    with pytest.raises(UserError, match=r"not the same: pictures of test"):
+        pack.pack(fewer, out, shards=4)
     store = pack.pack(small_source(), out, shards=4)
     assert content(out) == content(unbroken.path)
     assert [(store.path / f.parent.name / f.name).stat().st_ino for f in files] == before
