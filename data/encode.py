@@ -29,11 +29,11 @@ class Moments:
         planes = cv2.split(picture)
         squares = [round(cv2.norm(plane, cv2.NORM_L2SQR)) for plane in planes]
         for i, first in enumerate(planes):
-            for j, second in enumerate(planes):
-                if j >= i:
-                    difference = round(cv2.norm(first, second, cv2.NORM_L2SQR)) if j > i else 0
-                    self.products[i, j] += (squares[i] + squares[j] - difference) // 2
-                    self.products[j, i] = self.products[i, j]
+            self.products[i, i] += squares[i]
+            for j, second in enumerate(planes[:i]):
+                difference = round(cv2.norm(first, second, cv2.NORM_L2SQR))
+                self.products[i, j] += (squares[i] + squares[j] - difference) // 2
+                self.products[j, i] = self.products[i, j]
 
     def add(self, other: "Moments") -> None:
         self.count += other.count

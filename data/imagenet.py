@@ -14,7 +14,16 @@ from pathlib import Path
 from data import UserError
 from data.pictures import ENDINGS
 from data.progress import Progress
-from data.trees import UNLABELLED, Source, Split, file_source, file_split, pictures_below, subfolders
+from data.trees import (
+    UNLABELLED,
+    Source,
+    Split,
+    file_source,
+    file_split,
+    labelled_folders,
+    pictures_below,
+    subfolders,
+)
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TEST_TAR, KIT = "ILSVRC2012_img_test*.tar", "ILSVRC2012_devkit_t12*"
@@ -45,13 +54,8 @@ def kaggle(root: Path) -> Source:
     if sorted(words) != wnids:
         odd = sorted(set(words) ^ set(wnids))
         raise UserError(f"{data / 'train'} and {root / MAPPING} have different classes: {', '.join(odd[:5])}")
-    members, labels = [], []
-    for label, wnid in enumerate(wnids):
-        files = pictures_below(data / "train" / wnid)
-        members += [f"{wnid}/{file}" for file in files]
-        labels += [label] * len(files)
     splits = {
-        "train": file_split(data / "train", members, labels),
+        "train": labelled_folders(data / "train", wnids),
         "val": _kaggle_val(root, data / "val", {wnid: label for label, wnid in enumerate(wnids)}),
     }
     test = pictures_below(data / "test") if (data / "test").is_dir() else []

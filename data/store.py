@@ -172,7 +172,9 @@ class Records:
         labels = np.empty(len(indices), np.int64)
 
         def keep(row: int, value) -> None:
-            images[row], labels[row] = self._checked(*decode_record(value, check))
+            picture, label = decode_record(value, check)
+            self._check_fit(picture.shape, label)
+            images[row], labels[row] = picture, label
 
         self._each(indices, keep)
         return images, labels
@@ -182,7 +184,7 @@ class Records:
 
         def look(_, value) -> None:
             _, shape, label, _ = open_record(value, check=True)
-            self._checked(np.empty(shape, np.uint8), label)
+            self._check_fit(shape, label)
 
         self._each(indices, look)
 
@@ -206,12 +208,11 @@ class Records:
                             f"(python -m data.pack --verify {self.path} checks all of it)"
                         ) from None
 
-    def _checked(self, picture: np.ndarray, label: int) -> tuple[np.ndarray, int]:
-        if picture.shape != self.shape:
-            raise ValueError(f"the picture's shape is {picture.shape} instead of {self.shape}")
+    def _check_fit(self, shape: tuple[int, int, int], label: int) -> None:
+        if shape != self.shape:
+            raise ValueError(f"the picture's shape is {shape} instead of {self.shape}")
         if label not in self.labels:
             raise ValueError(f"label {label} is not one of {len(self.labels)} classes")
-        return picture, label
 
 
 _environments: dict = {}  # (device, inode) -> (process, environment): lmdb allows one per file and process

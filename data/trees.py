@@ -63,7 +63,7 @@ def file_source(name: str, keys: list[str], splits: dict[str, Split], words: dic
     from torchvision.models import AlexNet_Weights
 
     known = dict(zip(ilsvrc_wnids(), AlexNet_Weights.IMAGENET1K_V1.meta["categories"], strict=True))
-    names = known | (words or {}) if not set(keys) <= set(known) else known
+    names = (words or {}) | known
     wnids = keys if words or set(keys) <= set(known) else None
     if set(keys) == set(known):
         name = "imagenet"
@@ -152,7 +152,7 @@ def image_folder(root: Path) -> Source:
             odd = sorted(set(found) ^ set(classes))
             hint = "; for Kaggle's ImageNet give the folder that holds LOC_val_solution.csv" if not found else ""
             raise UserError(f"the class folders of {folder} and {folders['train']} differ: {', '.join(odd[:5])}{hint}")
-        splits[split] = _labelled(folder, classes)
+        splits[split] = labelled_folders(folder, classes)
     return file_source(root.resolve().name, classes, splits)
 
 
@@ -163,7 +163,8 @@ def _folder_of(root: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _labelled(folder: Path, classes: list[str]) -> Split:
+def labelled_folders(folder: Path, classes: list[str]) -> Split:
+    """FOLDER/CLASS/..., pictures at any depth; a class's label is its place in `classes`."""
     loose = [p.name for p in folder.iterdir() if p.is_file() and p.suffix.lower() in ENDINGS and p.name[0] != "."]
     if loose:
         print(f"{folder}: {len(loose)} pictures lie in no class folder and are left out (first: {min(loose)})",
@@ -198,8 +199,7 @@ def caffe_lists(root: Path) -> Source:
             print(f"{root / 'test.txt'} has one label for all pictures: they are taken as unlabelled", flush=True)
         elif part.labels.max() >= count:
             raise UserError(f"{root / split}.txt has label {part.labels.max()}, train.txt goes up to {count - 1}")
-    keys, words = _keys_of_lists(root, found["train"], count)
-    return file_source(root.resolve().name, keys, splits, words)
+    return file_source(root.resolve().name, _keys_of_lists(root, found["train"], count), splits)
 
 
 def _read_list(root: Path, split: str) -> tuple[list[str], list[int]]:
@@ -226,21 +226,21 @@ def _read_list(root: Path, split: str) -> tuple[list[str], list[int]]:
     return members, labels
 
 
-def _keys_of_lists(root: Path, train: tuple[list[str], list[int]], count: int) -> tuple[list[str], dict]:
-    """A key for each class, and what the keys are called."""
+def _keys_of_lists(root: Path, train: tuple[list[str], list[int]], count: int) -> list[str]:
+    """A key for each class: a wnid, a name or the folder of its pictures."""
     file = next((root / name for name in NAMES_OF_LISTS if (root / name).is_file()), None)
     if file is not None:
         text = file.read_text(encoding="utf-8-sig", errors="replace")
         lines = [line.strip() for line in text.split("\n") if line.strip()]
-        if len(lines) != count or len(set(lines)) != count:
-            raise UserError(f"{file} names {len(set(lines))} classes, train.txt has {count}")
-        if not all(line.split()[0] in ilsvrc_wnids() for line in lines):
-            return lines, {}
-        return [line.split()[0] for line in lines], {}
+        wnids = [line.split()[0] for line in lines]
+        keys = wnids if set(wnids) <= set(ilsvrc_wnids()) else lines
+        if len(keys) != count or len(set(keys)) != count:
+            raise UserError(f"{file} names {len(set(keys))} classes, train.txt has {count}")
+        return keys
     folders: dict[int, set] = {}
     for path, label in zip(*train, strict=True):
         folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(path)))
     keys = [next(iter(folders[label])) for label in range(count)]
     if any(len(found) > 1 for found in folders.values()) or len(set(keys)) < count or "" in keys:
         keys = [f"class {label}" for label in range(count)]
-    return keys, {}
+    return keys

@@ -198,6 +198,11 @@ def test_a_kaggle_folder_says_what_is_wrong_with_it(places, tmp_path):
         with pytest.raises(UserError, match=message):
             sources.find(str(root))
         (root / name).write_text(whole)
+    (root / "ILSVRC/Data/CLS-LOC/train" / small.WNIDS[5]).rename(root / "aside")
+    (root / "ILSVRC/Data/CLS-LOC/train" / small.WNIDS[5]).mkdir()
+    with pytest.raises(UserError, match=f"{small.WNIDS[5]} holds no pictures"):
+        sources.find(str(root))
+    (root / "aside").rename(root / "ILSVRC/Data/CLS-LOC/train" / small.WNIDS[5])
     (root / "LOC_synset_mapping.txt").unlink()
     with pytest.raises(UserError, match=r"has no LOC_synset_mapping.txt"):
         sources.find(str(root))

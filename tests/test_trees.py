@@ -102,6 +102,14 @@ def test_lists_say_what_is_wrong_with_them(tree, tmp_path):
         sources.find(str(tree))
 
 
+def test_a_wnid_that_is_named_twice_is_refused(tree):
+    for split in ("train", "val"):
+        (tree / f"{split}.txt").write_text("cat/0.png 0\ndog/0.png 1\n")
+    (tree / "synset_words.txt").write_text("n01440764 tench\nn01440764 another fish\n")
+    with pytest.raises(UserError, match="names 1 classes, train.txt has 2"):
+        sources.find(str(tree))
+
+
 def test_lists_in_another_order_than_published_keep_their_own_names(tmp_path, capsys):
     """The development kit's numbers, say: the classes get the names of their folders, and it is said."""
     tree, root = small.tree(tmp_path / "tree"), tmp_path / "lists"
