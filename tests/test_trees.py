@@ -106,7 +106,7 @@ def test_a_wnid_that_is_named_twice_is_refused(tree):
     for split in ("train", "val"):
         (tree / f"{split}.txt").write_text("cat/0.png 0\ndog/0.png 1\n")
     (tree / "synset_words.txt").write_text("n01440764 tench\nn01440764 another fish\n")
-    with pytest.raises(UserError, match="names 1 classes, train.txt has 2"):
+    with pytest.raises(UserError, match=r"names 1 classes, train.txt has 2"):
         sources.find(str(tree))
 
 
