@@ -47,6 +47,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     state: State
     schedule: Schedule
+    kernels: str  # what kernels.accelerate chose
     warned: bool = False
 
     @property
@@ -129,7 +130,7 @@ def write_start(run: Run) -> None:
     else:
         config = {
             "arguments": arguments, "store": utils.portable(run.store.path), "fingerprint": run.store.fingerprint,
-            "processes": run.world, **utils.environment(run.device),
+            "processes": run.world, "kernels": run.kernels, **utils.environment(run.device),
         }
     utils.write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
     if not run.args.resume:

@@ -27,6 +27,7 @@ from data.loader import Loader
 from data.pack import named_store
 from data.pictures import open_picture
 from data.store import Store
+from kernels import accelerate
 
 
 def main(argv=None) -> int:
@@ -36,6 +37,7 @@ def main(argv=None) -> int:
     if args.predictions and Path(args.predictions).suffix == ".pt":
         raise UserError(f"--predictions {args.predictions}: that is what a checkpoint is called; name a .csv file")
     device = utils.pick_device(args.device)
+    utils.settle_arithmetic()
     paths = checkpoint_paths(args)
     if args.images:
         if args.predictions or args.per_class or args.split:
@@ -209,6 +211,7 @@ def check_fit(paths: list[Path], checkpoints: list[dict], store: Store) -> None:
 def member(checkpoint: dict, path: Path, device):
     """(net, Augment) of a checkpoint."""
     net = utils.build_net(checkpoint, path).to(device, memory_format=torch.channels_last).eval()
+    accelerate(net, say=lambda _: None)
     return net, Augment(checkpoint["image_size"], checkpoint["mean"], device=device)
 
 
@@ -233,4 +236,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    utils.keep_memory()
     run_script(main)

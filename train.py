@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from data.loader import Loader
 from data.pack import named_store
 from data.progress import Progress, duration
 from data.store import Store
+from kernels import accelerate
 from options import parse, settle
 from recipe import Schedule, make_optimizer, set_rate
 from run import Run, State, check_finite, checkpoint, load_last, run_folder, save_last, total_sums, training_inputs
@@ -44,12 +46,18 @@ def main(argv=None) -> int:
     rank, world = start_processes(device)
     store, warning = open_store(args, world)
     settle(args, store, device, world)
+    utils.settle_arithmetic()
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN try its algorithms once
 
     net = starting_net(args, store).to(device, memory_format=torch.channels_last)
+    chosen = ["LRN and dense layers of torch"]
+    if args.kernels != "off":
+        accelerate(net, gpu_kernels=args.kernels == "on", say=chosen.append)
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    run = Run(args, store, device, rank, world, net, optimizer, State(), Schedule(args.lr, args.patience))
+    run = Run(args, store, device, rank, world, net, optimizer, State(), Schedule(args.lr, args.patience),
+              chosen[-1])
     if args.resume:
         load_last(run)
         if is_over(run):
@@ -80,12 +88,13 @@ def fit(run: Run, signals: "Signals") -> int:
         model = torch.compile(model)
     while not is_over(run):
         began = time.monotonic()
-        sums, images, stop = train_epoch(run, model, train, inputs, signals)
+        sums, images, waited, stop = train_epoch(run, model, train, inputs, signals)
         if stop:
             save_last(run, sums)
             return 128 + stop
         seconds = time.monotonic() - began
-        finish_epoch(run, val, inputs, sums, images / seconds, began)
+        speed = {"images_per_second": images / seconds, "stall": 100 * waited / seconds}
+        finish_epoch(run, val, inputs, sums, speed, began)
     return 0
 
 
@@ -97,7 +106,8 @@ def is_over(run: Run) -> bool:
 
 def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signals"):
     """Train to the end of the epoch, or to --max-steps or a signal. Returns this process's sums (loss, top-1 misses)
-    on the device, how many images all processes have seen here, and the signal or 0."""
+    on the device, how many images all processes have seen here, the seconds spent waiting for pictures, and the signal
+    or 0."""
     args, state, share = run.args, run.state, run.args.batch_size // run.world
     margin = run.store.size - args.image_size
     tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs)
@@ -106,15 +116,19 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     mine = [tables.order[s * args.batch_size + run.rank * share :][:share] for s in range(first, last)]
     # What a resumed epoch has summed up already is shared out among the processes.
     sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=run.device) / run.world
-    saved, stop = time.monotonic(), 0
+    saved, waited, stop = time.monotonic(), 0.0, 0
 
     model.train()
     label = f"epoch {state.epoch + 1}/{args.epochs}"
     done = first * args.batch_size
-    with Progress(label, run.steps * args.batch_size, start=done, silent=run.rank > 0) as progress:
-        for position, samples, (images, labels) in zip(range(first, last), mine, train.batches(mine), strict=True):
-            utils.seed_all(args.seed, state.step + 1, run.rank)  # for this step's dropout masks
+    bar = Progress(label, run.steps * args.batch_size, start=done, silent=run.rank > 0)
+    with bar as progress, closing(train.batches(mine)) as batches:
+        for position, samples in enumerate(mine, first):
+            began = time.monotonic()
+            images, labels = next(batches)
             pictures = inputs.train(images, tables, samples)
+            waited += time.monotonic() - began
+            utils.seed_all(args.seed, state.step + 1, run.rank)  # for this step's dropout masks
             loss, logits = train_step(model, run.optimizer, pictures, labels, args.precision)
             state.step += 1
             sums[0] += loss * share
@@ -131,7 +145,7 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
             if due:
                 save_last(run, sums)
                 saved = time.monotonic()
-    return sums, (state.step - state.epoch * run.steps - first) * args.batch_size, stop
+    return sums, (state.step - state.epoch * run.steps - first) * args.batch_size, waited, stop
 
 
 def train_step(model, optimizer, pictures, labels, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +188,7 @@ def agree(run: Run, stop: int, due: bool) -> tuple[int, bool]:
     return stop, bool(due)
 
 
-def finish_epoch(run: Run, val: Loader, inputs: Augment, sums, images_per_second: float, began: float) -> None:
+def finish_epoch(run: Run, val: Loader, inputs: Augment, sums, speed: dict, began: float) -> None:
     """Validate, log, and where the epoch is whole: move the schedule, write the checkpoints."""
     args, state, schedule = run.args, run.state, run.schedule
     total_sums(run, sums)
@@ -187,7 +201,7 @@ def finish_epoch(run: Run, val: Loader, inputs: Augment, sums, images_per_second
     entry = {
         "epoch": state.epoch + 1, "step": state.step, "lr": schedule.lr, "train_loss": state.loss_sum / seen,
         "train_top1_error": 100 * state.wrong / seen, "val_loss": val_loss, "val_top1_error": 100 * top1,
-        "val_top5_error": 100 * top5, "images_per_second": images_per_second, "seconds": time.monotonic() - began,
+        "val_top5_error": 100 * top5, **speed, "seconds": time.monotonic() - began,
     }
     whole = state.step == (state.epoch + 1) * run.steps
     better = whole and 100 * top1 < state.best
@@ -214,7 +228,8 @@ def summary(run: Run, entry: dict) -> str:
         f"epoch {entry['epoch']:>2}/{run.args.epochs}  lr {entry['lr']:g}  "
         f"train loss {entry['train_loss']:.4f} error {entry['train_top1_error']:.2f}%  "
         f"val loss {entry['val_loss']:.4f} error {entry['val_top1_error']:.2f}% top-5 {entry['val_top5_error']:.2f}%  "
-        f"{entry['images_per_second']:.0f} images/s  {duration(entry['seconds'])}, at most {left} left"
+        f"{entry['images_per_second']:.0f} images/s, stall {entry['stall']:.1f}%  "
+        f"{duration(entry['seconds'])}, at most {left} left"
     )
 
 
@@ -288,7 +303,8 @@ def describe(run: Run) -> str:
         "recipe": f"{args.recipe}: batch {args.batch_size}, rate {args.lr:g}, momentum {args.momentum:g}, "
         f"decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
         "device": f"{machine['device']}, {run.world} process{'es' * (run.world > 1)}, {machine['threads']} threads, "
-        f"{args.precision}",
+        f"{utils.PRECISIONS[args.precision]}",
+        "kernels": run.kernels,
         "run": f"{shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }
     if store.name == "sample":
@@ -313,4 +329,5 @@ def conclusion(run: Run, status: int) -> str:
 
 
 if __name__ == "__main__":
+    utils.keep_memory()
     run_script(main)

@@ -62,7 +62,6 @@ class Augment:
             mean = mean[top : top + image_size, left : left + image_size]
         self.size, self.device, self.mirror, self.colour = image_size, torch.device(device), mirror, colour
         self.mean = mean.expand(-1, -1, 3).contiguous().to(self.device)
-        self.steps = torch.arange(image_size, device=self.device)
         if colour != "off":
             values = torch.tensor(pca["eigenvalues"])
             # 2012 code: standard deviations of the components. Paper: eigenvalues, read as those of pixels in 0..1.
@@ -71,12 +70,12 @@ class Augment:
 
     def train(self, images: Tensor, tables: EpochTables, samples: np.ndarray) -> Tensor:
         """Training inputs of pictures that are the samples `samples` of the tables' epoch."""
-        offsets = torch.from_numpy(tables.offsets[samples]).to(self.device)
-        mirror = torch.from_numpy(tables.mirror[samples]).to(self.device) if self.mirror else None
-        inputs = self._crop(images, offsets, mirror)
+        mirror = tables.mirror[samples] if self.mirror else np.zeros(len(samples), bool)
+        inputs = self._float(random_crops(images, tables.offsets[samples], mirror, self.size))
         if self.colour != "off":
             factors = torch.from_numpy(tables.colour[samples]).to(self.device) * NOISE
-            inputs += (factors @ self.components)[:, None, None, :]  # one colour shift a picture
+            shifts = (factors @ self.components).repeat(1, self.size)  # one colour shift a picture: (n, S * 3)
+            inputs.flatten(2).add_(shifts[:, None, :])
             if self.colour == "2012":
                 inputs /= 1 + NOISE  # keeps the pictures' scale (2012 code)
         return inputs.permute(0, 3, 1, 2)
@@ -97,16 +96,24 @@ class Augment:
         crop = images[:, top : top + self.size, left : left + self.size]
         return self._float(crop.flip(2) if mirrored else crop).permute(0, 3, 1, 2)
 
-    def _crop(self, images: Tensor, offsets: Tensor, mirror: Tensor | None) -> Tensor:
-        """Each picture's own crop, as float (n, S, S, 3): a gather of rows and columns, the columns of a mirrored
-        picture counted from the right."""
-        columns = self.steps.expand(len(images), -1)
-        if mirror is not None:
-            columns = torch.where(mirror[:, None], self.size - 1 - columns, columns)
-        rows = (offsets[:, :1] + self.steps)[:, :, None]
-        columns = (offsets[:, 1:] + columns)[:, None, :]
-        picture = torch.arange(len(images), device=self.device)[:, None, None]
-        return self._float(images[picture, rows, columns])
-
     def _float(self, crops: Tensor) -> Tensor:
         return crops - self.mean  # uint8 - float32: float32; one channel becomes three
+
+
+def random_crops(images: Tensor, offsets: np.ndarray, mirror: np.ndarray, size: int) -> Tensor:
+    """Each picture's own crop, (n, S, S, C), of contiguous (n, H, W, C): offsets (n, 2), top and left; mirror (n,)
+    bool. No loop over pictures: `windows` has the crop that starts at each byte, overlapping and without a copy, and
+    the crops are a choice of them."""
+    _, height, width, channels = images.shape
+    row, side = width * channels, size * channels
+    flat = images.reshape(-1)
+    windows = flat.as_strided((max(0, flat.numel() - (size - 1) * row - side + 1), size, side), (1, row, 1))
+    starts = np.arange(len(images)) * height * row + offsets @ np.array([row, channels])
+
+    def crops(which: np.ndarray) -> Tensor:
+        chosen = windows.index_select(0, torch.from_numpy(starts[which]).to(images.device))
+        return chosen.view(-1, size, size, channels)
+
+    straight, mirrored = np.flatnonzero(~mirror), np.flatnonzero(mirror)
+    places = torch.from_numpy(np.argsort(np.concatenate([straight, mirrored]))).to(images.device)
+    return torch.cat([crops(straight), crops(mirrored).flip(2)]).index_select(0, places)

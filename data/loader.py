@@ -40,7 +40,7 @@ class Loader:
         if self.resident:
             for batch in indices:
                 where = torch.from_numpy(batch).to(self.device)
-                yield self.images[where], self.labels[where]
+                yield self.images.index_select(0, where), self.labels.index_select(0, where)
             return
         cuda = self.device.type == "cuda"
         streamed = DataLoader(
@@ -79,9 +79,6 @@ def _as_is(batch):
 
 
 def _start_worker(_: int) -> None:
-    import cv2
-
-    cv2.setNumThreads(0)  # one thread a worker; OpenCV would start one for every core
     # Ctrl-C, and the SIGTERM of timeout or of a job scheduler, go to the whole process group. Workers leave it: the
     # training loop decides when they end, and they must not end before its last batch.
     os.setpgrp()

@@ -1,6 +1,6 @@
 """The store: one folder of packed pictures that training and testing read. README.md here describes the format.
 
-Reading does not import torch, and lmdb and cv2 are imported where they are used.
+Reading does not import torch, and lmdb and simplejpeg are imported where they are used.
 """
 
 import hashlib
@@ -36,13 +36,20 @@ def encode_record(payload: bytes, label: int, shape: tuple[int, int, int], codec
     return HEADER.pack(MAGIC, label, *shape, CODECS.index(codec), 0, crc, len(payload)) + payload
 
 
-def decode_record(value, check: bool) -> tuple[np.ndarray, int]:
+def decode_record(value, check: bool, out: np.ndarray | None = None) -> tuple[np.ndarray, int]:
     """Picture (H, W, C) uint8 and label of one record. JPEG records are always checked against their CRC, raw ones
-    where `check` is true. Raises ValueError for a damaged record."""
+    where `check` is true. out: an array of the picture's shape to decode into. Raises ValueError for a damaged record,
+    and for one that does not fit `out`."""
     payload, shape, label, codec = open_record(value, check)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    if shape != out.shape:
+        raise ValueError(f"the picture's shape is {shape} instead of {out.shape}")
     if codec == "jpeg":
-        return _decode_jpeg(payload, shape[2]), label
-    return np.frombuffer(payload, np.uint8).reshape(shape), label
+        _decode_jpeg(payload, out)
+    else:
+        out[...] = np.frombuffer(payload, np.uint8).reshape(shape)
+    return out, label
 
 
 def open_record(value, check: bool) -> tuple[memoryview, tuple[int, int, int], int, str]:
@@ -58,14 +65,15 @@ def open_record(value, check: bool) -> tuple[memoryview, tuple[int, int, int], i
     return payload, (height, width, channels), label, CODECS[codec]
 
 
-def _decode_jpeg(payload, channels: int) -> np.ndarray:
-    import cv2
+def _decode_jpeg(payload, out: np.ndarray) -> None:
+    import simplejpeg
 
-    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    picture = cv2.imdecode(np.frombuffer(payload, np.uint8), flag)
-    if picture is None:
-        raise ValueError("the record is no JPEG picture")
-    return picture.reshape(*picture.shape[:2], channels)
+    try:
+        picture = simplejpeg.decode_jpeg(payload, "GRAY" if out.shape[2] == 1 else "RGB", strict=True, buffer=out)
+    except ValueError as error:
+        raise ValueError(f"the record is no JPEG picture ({error})") from None
+    if picture.shape != out.shape:
+        raise ValueError(f"the JPEG picture's shape is {picture.shape} instead of {out.shape}")
 
 
 class Store:
@@ -172,9 +180,8 @@ class Records:
         labels = np.empty(len(indices), np.int64)
 
         def keep(row: int, value) -> None:
-            picture, label = decode_record(value, check)
-            self._check_fit(picture.shape, label)
-            images[row], labels[row] = picture, label
+            _, labels[row] = decode_record(value, check, images[row])
+            self._check_label(labels[row])
 
         self._each(indices, keep)
         return images, labels
@@ -184,7 +191,9 @@ class Records:
 
         def look(_, value) -> None:
             _, shape, label, _ = open_record(value, check=True)
-            self._check_fit(shape, label)
+            if shape != self.shape:
+                raise ValueError(f"the picture's shape is {shape} instead of {self.shape}")
+            self._check_label(label)
 
         self._each(indices, look)
 
@@ -208,9 +217,7 @@ class Records:
                             f"(python -m data.pack --verify {self.path} checks all of it)"
                         ) from None
 
-    def _check_fit(self, shape: tuple[int, int, int], label: int) -> None:
-        if shape != self.shape:
-            raise ValueError(f"the picture's shape is {shape} instead of {self.shape}")
+    def _check_label(self, label: int) -> None:
         if label not in self.labels:
             raise ValueError(f"label {label} is not one of {len(self.labels)} classes")
 

@@ -37,7 +37,7 @@ def assert_same_state(one: Path, two: Path):
 
 def numbers(out):
     """The log without its timings."""
-    timings = ("images_per_second", "seconds")
+    timings = ("images_per_second", "stall", "seconds")
     return [{k: v for k, v in e.items() if k not in timings} for e in utils.read_log(out / "log.jsonl")]
 
 

@@ -15,18 +15,19 @@ MODULES = [
 # What each file may import of the project itself; data is the whole folder.
 ALLOWED = {
     "model": set(),
+    "kernels": {"model"},
     "data": {"data"},
     "recipe": set(),
     "utils": {"model", "data"},
     "options": {"model", "data", "utils"},
     "run": {"model", "data", "utils", "recipe"},
     "start": {"model", "data", "utils"},
-    "train": {"model", "data", "utils", "options", "recipe", "run", "start"},
+    "train": {"model", "kernels", "data", "utils", "options", "recipe", "run", "start"},
     "checkpoints": {"model", "data", "utils"},
-    "test": {"model", "data", "utils"},
+    "test": {"model", "kernels", "data", "utils"},
     "hubconf": {"model", "utils"},
-    "studies": {"model", "data", "utils", "options", "recipe", "run", "start", "train", "test", "studies"},
-    "benchmarks": {"model", "data", "utils", "options", "recipe", "train", "benchmarks"},
+    "studies": {"model", "kernels", "data", "utils", "options", "recipe", "run", "start", "train", "test", "studies"},
+    "benchmarks": {"model", "kernels", "data", "utils", "options", "recipe", "train", "benchmarks"},
 }
 HEAVY = {"matplotlib", "cv2", "h5py", "lmdb", "torchvision", "scipy", "google"}
 
