@@ -168,17 +168,19 @@ def test_a_net_computes_the_same_and_keeps_its_checkpoint(options):
 
 
 def test_twenty_steps_have_the_plain_nets_losses(store):
-    """train.py's step, inputs and masks, with kernels.py and without."""
+    """train.py's step, inputs and masks, with kernels.py and without; the weights end closer to each other than a
+    hundredth of the way that they have gone."""
     images, labels = (torch.from_numpy(x) for x in store.split("train").read(np.arange(96)))
     inputs = Augment(64, store.mean, colour="2012", pca=store.manifest["pca"])
-    losses = {}
+    losses, ends = {}, {}
     for kind in ("plain", "fast"):
         utils.seed_all(0)
         net = AlexNet(4, image_size=64).to(memory_format=torch.channels_last)
+        start = copy.deepcopy(net.state_dict())
         if kind == "fast":
             accelerate(net, say=silent)
-        optimizer = make_optimizer(net, recipe="2012", lr=0.01, momentum=0.9, weight_decay=5e-4)
-        losses[kind] = []
+        optimizer = make_optimizer(net, recipe="2012", lr=0.001, momentum=0.9, weight_decay=5e-4)
+        losses[kind], ends[kind] = [], net.state_dict()
         for step in range(20):
             tables = epoch_tables(0, step, 96, 8)
             samples = tables.order[:32]
@@ -186,8 +188,9 @@ def test_twenty_steps_have_the_plain_nets_losses(store):
             pictures = inputs.train(images[samples], tables, samples)
             losses[kind].append(train.train_step(net, optimizer, pictures, labels[samples], "fp32")[0].item())
     assert losses["fast"][0] == pytest.approx(losses["plain"][0], rel=1e-6)
-    assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3)
-    assert losses["plain"][-1] < losses["plain"][0] - 0.5  # it learns: the steps change the losses
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=2e-4)
+    for name, weight in ends["plain"].items():
+        assert (ends["fast"][name] - weight).norm() < 0.01 * (weight - start[name]).norm(), name
 
 
 def test_only_its_input_is_kept_for_lrns_derivative():
