@@ -236,5 +236,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.keep_memory()
+    utils.huge_pages()
     run_script(main)

@@ -329,5 +329,5 @@ def conclusion(run: Run, status: int) -> str:
 
 
 if __name__ == "__main__":
-    utils.keep_memory()
+    utils.huge_pages()
     run_script(main)

@@ -1,6 +1,5 @@
 """What train.py and test.py share: seeds, error counts, evaluation, checkpoints, the run's log and its curves."""
 
-import ctypes
 import json
 import math
 import os
@@ -27,7 +26,6 @@ from model import AlexNet
 
 ROOT = Path(__file__).resolve().parent
 CHECKPOINTS = ROOT / "checkpoints"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 CHECKPOINT_KEYS = ("model", "config", "classes", "mean", "store_size", "resize", "image_size", "epoch", "step", "best")
 
 # ---------------------------------------------------------------------------------------------- devices and seeds
@@ -51,13 +49,10 @@ def settle_arithmetic() -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
-def keep_memory() -> None:
-    """Have malloc keep what is freed: glibc gives every large block back to Linux, which clears and maps its pages anew
-    at the next step, a tenth of the time of one at 224 pixels. For scripts; it holds for the whole process."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+def huge_pages() -> None:
+    """Have torch ask Linux for pages of 2 MB, before it allocates anything: fresh memory then costs a tenth less of a
+    step at 224 pixels. For scripts, because it holds for the whole process; Linux may be set up to refuse."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def seed_all(*numbers: int) -> None:
