@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#define TILE 64 /* pixels worked on together where they lie side by side */
+#define TILE 256 /* pixels worked on together where they lie side by side */
 #define AROUND 2 /* channels on either side of the one that is normalised */
 
 /* d ** -0.75 is root * sqrt(root), 1 / d is root * root */

@@ -30,7 +30,7 @@ except ImportError:  # torch's builds for a CPU come without
     triton = None
 
 SOURCE = Path(__file__).with_name("kernels.c")
-CHANNELS = 4096  # a row's channels lie on the stack of its thread
+CHANNELS = 1024  # a tile of 256 pixels of so many lies on the stack of its thread: 1 MB
 SAME = 1e-4  # of the largest number: how far a fast LRN may be from the plain one when it is first used
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_PIXELS, TILE_CHANNELS = 64, 32  # what one Triton program works on

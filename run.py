@@ -206,6 +206,5 @@ def store_mean(args, store: Store) -> torch.Tensor:
 def training_inputs(args, store: Store, device: torch.device) -> Augment:
     """What makes the net's inputs of stored pictures, by the arguments."""
     return Augment(
-        args.image_size, store_mean(args, store), mirror=args.mirror, colour=args.colour, pca=store.manifest["pca"],
-        device=device,
+        args.image_size, store_mean(args, store), colour=args.colour, pca=store.manifest["pca"], device=device
     )

@@ -110,7 +110,7 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     or 0."""
     args, state, share = run.args, run.state, run.args.batch_size // run.world
     margin = run.store.size - args.image_size
-    tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs)
+    tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs, args.mirror)
     first = state.step - state.epoch * run.steps
     last = run.steps if args.max_steps is None else min(run.steps, args.max_steps - state.epoch * run.steps)
     mine = [tables.order[s * args.batch_size + run.rank * share :][:share] for s in range(first, last)]
@@ -122,11 +122,11 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     label = f"epoch {state.epoch + 1}/{args.epochs}"
     done = first * args.batch_size
     bar = Progress(label, run.steps * args.batch_size, start=done, silent=run.rank > 0)
-    with bar as progress, closing(train.batches(mine)) as batches:
+    with bar as progress, closing(train.batches(mine, tables, args.image_size)) as batches:
         for position, samples in enumerate(mine, first):
             began = time.monotonic()
-            images, labels = next(batches)
-            pictures = inputs.train(images, tables, samples)
+            crops, labels = next(batches)
+            pictures = inputs.train(crops, tables.colour[samples])
             waited += time.monotonic() - began
             utils.seed_all(args.seed, state.step + 1, run.rank)  # for this step's dropout masks
             loss, logits = train_step(model, run.optimizer, pictures, labels, args.precision)
@@ -150,10 +150,10 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
 
 def train_step(model, optimizer, pictures, labels, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
     """One step on float (n, 3, S, S) pictures: mean loss, and logits (n, classes), both detached."""
+    optimizer.zero_grad()  # before the forward pass, which can have the gradients' memory
     with torch.autocast(pictures.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(pictures)
         loss = F.cross_entropy(logits, labels)
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach(), logits.detach()

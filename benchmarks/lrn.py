@@ -1,39 +1,39 @@
-"""How fast is this project's LRN? Forward + backward against torch's own, interleaved in one run:
+"""How fast is LRN, forward + backward? In turns in one run:
 
-    python -m benchmarks.lrn [--batch 64] [--repeats 9] [--device auto|cuda|cpu] [--json]
+    python -m benchmarks.lrn [--batch 64] [--dtype float32|bfloat16|float16] [--repeats 9] [--device auto] [--json]
 
-The input is what LRN 1 sees in the net at 224 pixels: conv1 and ReLU over pictures of the bundled sample, (batch, 96,
-55, 55) float32, in both memory layouts. One round of each is warm-up; then medians and the quartiles' distance.
+Against torch's own function, eager and under torch.compile, and model.py's LRN, which needs no compiler. The input is
+what LRN 1 sees in the net at 224 pixels: conv1 and ReLU over pictures of the bundled sample, (batch, 96, 55, 55), in
+both memory layouts. The limit is five tensors (forward one read, one written, backward two read, one written) over the
+rate of a copy. All run with pages of 2 MB, as train.py does.
 """
 
 import json
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
 
 import utils
-from data import sources
+from benchmarks.timing import copy_rate, interleaved, milliseconds, pictures
 from data.cli import Parser, run_script, whole
+from kernels import FastLRN
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet, LocalResponseNorm
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TORCHS = "F.local_response_norm"
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
+    utils.huge_pages()
     device = utils.pick_device(args.device)
-    contenders = {"model.LocalResponseNorm": LocalResponseNorm(), "F.local_response_norm": torch_lrn}
-    result = {"shape": [args.batch, 96, 55, 55], "dtype": "float32", **utils.environment(device), "layouts": {}}
-    x = activations(args.batch).to(device)
+    result = {"shape": [args.batch, 96, 55, 55], "dtype": args.dtype, **utils.environment(device), "layouts": {}}
+    x = activations(args.batch).to(device, getattr(torch, args.dtype))
     for name, layout in LAYOUTS.items():
         inputs = x.to(memory_format=layout, copy=True).requires_grad_()
-        times = interleaved(contenders, inputs, args.repeats)
-        result["layouts"][name] = {
-            contender: {"median_ms": 1000 * statistics.median(t), "spread_ms": 1000 * spread(t)}
-            for contender, t in times.items()
-        }
+        result["layouts"][name] = race(contenders(inputs), inputs, args.repeats)
+    result["copy_rate"] = copy_rate(device)
+    result["bytes"] = 5 * x.numel() * x.element_size()
     print(json.dumps(result) if args.json else report(result))
     return 0
 
@@ -42,59 +42,70 @@ def torch_lrn(x):
     return F.local_response_norm(x, LRN_SIZE, alpha=LRN_ALPHA, beta=LRN_BETA, k=LRN_K)
 
 
+def contenders(inputs: torch.Tensor) -> dict:
+    """Functions of the input by name; None where one can't run here."""
+    fast = FastLRN(LocalResponseNorm(), gpu_kernels=True)
+    kernel = "kernels.py, Triton" if inputs.is_cuda else "kernels.py, C"
+    return {
+        TORCHS: torch_lrn, f"{TORCHS}, torch.compile": torch.compile(torch_lrn),
+        "model.LocalResponseNorm": LocalResponseNorm(), kernel: fast if fast.fits(inputs) else None,
+    }
+
+
 def activations(batch: int) -> torch.Tensor:
     """conv1's outputs after ReLU for pictures of the sample, (batch, 96, 55, 55)."""
-    pictures = torch.from_numpy(sources.find("sample").splits["train"].pictures[:batch])
-    pictures = F.interpolate(pictures[:, None].float(), size=224, mode="bilinear").expand(-1, 3, -1, -1)
     torch.manual_seed(0)
     net = AlexNet(10)
     with torch.no_grad():
-        return net.act1(net.conv1(pictures - pictures.mean(0)))
+        return net.act1(net.conv1(pictures(batch, 224)))
 
 
-def interleaved(contenders: dict, inputs: torch.Tensor, repeats: int) -> dict:
-    """Seconds of `repeats` forward + backward passes of each contender, taken in turns after one round of warm-up."""
-    grad = torch.randn_like(inputs)
-    times = {name: [] for name in contenders}
-    for number in range(repeats + 1):
-        for name, norm in contenders.items():
-            _wait(inputs)
-            began = time.perf_counter()
-            norm(inputs).backward(grad)
-            _wait(inputs)
+def race(functions: dict, inputs: torch.Tensor, repeats: int) -> dict:
+    """Times of forward + backward; a function that fails at its first call is named with the reason."""
+    grad, calls, found = torch.randn_like(inputs), {}, {}
+    for name, function in functions.items():
+
+        def call(function=function):
             inputs.grad = None
-            if number:
-                times[name].append(time.perf_counter() - began)
-    return times
+            function(inputs).backward(grad)
 
-
-def _wait(inputs: torch.Tensor) -> None:
-    if inputs.is_cuda:
-        torch.cuda.synchronize()
-
-
-def spread(times: list[float]) -> float:
-    low, _, high = statistics.quantiles(times, n=4)
-    return high - low
+        try:
+            call()
+            calls[name] = call
+        except Exception as error:  # no compiler, no Triton: the others go on
+            found[name] = {"skipped": f"{type(error).__name__}: {utils.one_line(error)}" if function else "not here"}
+    times = interleaved(calls, repeats, inputs.device)
+    return {name: found.get(name) or milliseconds(times[name]) for name in functions}
 
 
 def report(result: dict) -> str:
-    shape = tuple(result["shape"])
-    lines = [f"LRN forward + backward, {shape} {result['dtype']}, {result['device']}, {result['threads']} threads, "
-             f"torch {result['torch']}"]
-    for layout, contenders in result["layouts"].items():
-        slowest = max(c["median_ms"] for c in contenders.values())
-        for name, entry in contenders.items():
+    limit = 1000 * result["bytes"] / result["copy_rate"]
+    lines = [f"LRN forward + backward, {tuple(result['shape'])} {result['dtype']}, {result['device']}, "
+             f"{result['threads']} threads, torch {result['torch']}"]
+    for layout, found in result["layouts"].items():
+        for name, entry in found.items():
+            if "skipped" in entry:
+                lines.append(f"{layout:<14} {name:<38}       -  skipped: {entry['skipped']}")
+                continue
+            median, (low, high) = entry["median_ms"], entry["quartiles_ms"]
+            ratios = [
+                f"{found[peer]['median_ms'] / median:5.1f}x" if "median_ms" in found[peer] else "    -"
+                for peer in (TORCHS, f"{TORCHS}, torch.compile")
+            ]
             lines.append(
-                f"{layout:<14} {name:<24} {entry['median_ms']:8.1f} ms (quartiles {entry['spread_ms']:.1f} apart)"
-                f"   {slowest / entry['median_ms']:5.2f}x"
+                f"{layout:<14} {name:<38}{median:8.2f} ms  (quartiles {low:.2f}..{high:.2f})  {ratios[0]} torch's, "
+                f"{ratios[1]} torch's compiled, {limit / median:.0%} of the limit"
             )
+    rate = result["copy_rate"] / 1e9
+    lines.append(f"limit: {result['bytes'] / 1e6:.0f} MB at {rate:.0f} GB/s, {limit:.2f} ms")
     return "\n".join(lines)
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.lrn", description="Time LRN, forward + backward.")
     parser.add_argument("--batch", type=whole(2), default=64, help="pictures (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="default: %(default)s")
     parser.add_argument("--repeats", type=whole(3), default=9, help="timed rounds (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")

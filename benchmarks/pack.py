@@ -54,17 +54,22 @@ def main(argv=None) -> int:
 
 
 def photograph(folder: Path, number: int, quality: int) -> str:
-    """Write a picture: noise whose amplitudes fall as 1/f, as in photographs, mostly alike in the three channels."""
-    rng = np.random.default_rng(number)
-    rows, columns = np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None, :]
-    frequency = np.hypot(rows, columns)
-    frequency[0, 0] = 1
-    layers = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((375, 500))) / frequency, (375, 500)) for _ in range(4)]
-    channels = np.stack([layers[3] + 0.3 * layer for layer in layers[:3]], axis=2)
-    picture = (127 + 50 * channels / channels.std()).clip(0, 255).astype(np.uint8)
+    """Write picture `number`, 500 x 375, as a JPEG file; its name."""
     name = f"{number:05d}.JPEG"
-    Image.fromarray(picture).save(folder / name, quality=quality)
+    Image.fromarray(like_a_photograph(number, 375, 500)).save(folder / name, quality=quality)
     return name
+
+
+def like_a_photograph(number: int, height: int, width: int) -> np.ndarray:
+    """Picture `number`, (height, width, 3) uint8: noise whose amplitudes fall as 1/f, as in photographs, mostly alike
+    in the three channels."""
+    rng = np.random.default_rng(number)
+    shape = (height, width)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    frequency[0, 0] = 1
+    layers = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) / frequency, shape) for _ in range(4)]
+    channels = np.stack([layers[3] + 0.3 * layer for layer in layers[:3]], axis=2)
+    return (127 + 50 * channels / channels.std()).clip(0, 255).astype(np.uint8)
 
 
 def contenders(root: Path, members: list[str]) -> dict:

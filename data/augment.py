@@ -1,4 +1,4 @@
-"""From stored pictures to the net's input, on the device: crops, mirrors, mean, colour noise.
+"""From stored pictures to the net's input: the choice of crops and mirrors; mean and colour noise, on the device.
 
 What happens to sample i in epoch e stands in tables made from (seed, e) alone, so it does not depend on the number
 of workers or processes, nor on where a run was stopped and resumed.
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from data.store import Crops
 
 COLOURS = ("2012", "paper", "off")
 NOISE = 0.1  # standard deviation of the colour noise's factors (paper, section 4.1)
@@ -25,16 +27,19 @@ class EpochTables:
     colour: np.ndarray
 
 
-def epoch_tables(seed: int, epoch: int, count: int, margin: int, crop_runs: int = 1) -> EpochTables:
+def epoch_tables(
+    seed: int, epoch: int, count: int, margin: int, crop_runs: int = 1, mirrored: bool = True
+) -> EpochTables:
     """Tables for `count` samples; crop offsets are uniform over 0..margin, both ends included. crop_runs: so many
-    samples in a row, in the order of training, have the same offsets and mirroring (2012 code: 32)."""
+    samples in a row, in the order of training, have the same offsets and mirroring (2012 code: 32). mirrored: half of
+    them are, or none."""
 
     def stream(number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, number]))
 
     order = stream(0).permutation(count)
     offsets = stream(1).integers(0, margin, size=(count, 2), endpoint=True)
-    mirror = stream(2).random(count) < 0.5
+    mirror = stream(2).random(count) < (0.5 if mirrored else 0)
     if crop_runs > 1:
         runs = np.arange(count) // crop_runs
         offsets[order], mirror[order] = offsets[runs], mirror[runs]
@@ -47,20 +52,20 @@ def epoch_tables(seed: int, epoch: int, count: int, margin: int, crop_runs: int 
 
 
 class Augment:
-    """Turns uint8 pictures (n, H, W, C) into float32 inputs (n, 3, S, S), channels_last, 0..255 minus the mean.
+    """Turns uint8 crops or whole pictures into float32 inputs (n, 3, S, S), channels_last, 0..255 minus the mean.
 
     image_size: S. mean: (H, W, C) or (1, 1, C) float; of a mean image the centre S x S is subtracted from every crop,
     wherever the crop lies (2012 code). C is 1 for grey sets, which are repeated to three channels here.
-    mirror: training flips half of the pictures. colour: "2012", "paper" or "off"; pca as in a store's manifest.
+    colour: "2012", "paper" or "off"; pca as in a store's manifest.
     """
 
-    def __init__(self, image_size: int, mean, *, mirror: bool = True, colour: str = "off", pca=None, device="cpu"):
+    def __init__(self, image_size: int, mean, *, colour: str = "off", pca=None, device="cpu"):
         mean = torch.as_tensor(mean, dtype=torch.float32)
         if mean.shape[0] > 1:
             top = (mean.shape[0] - image_size) // 2
             left = (mean.shape[1] - image_size) // 2
             mean = mean[top : top + image_size, left : left + image_size]
-        self.size, self.device, self.mirror, self.colour = image_size, torch.device(device), mirror, colour
+        self.size, self.device, self.colour = image_size, torch.device(device), colour
         self.mean = mean.expand(-1, -1, 3).contiguous().to(self.device)
         if colour != "off":
             values = torch.tensor(pca["eigenvalues"])
@@ -68,14 +73,12 @@ class Augment:
             scale = values.sqrt() if colour == "2012" else values / 255
             self.components = (scale[:, None] * torch.tensor(pca["eigenvectors"])).to(self.device)
 
-    def train(self, images: Tensor, tables: EpochTables, samples: np.ndarray) -> Tensor:
-        """Training inputs of pictures that are the samples `samples` of the tables' epoch."""
-        mirror = tables.mirror[samples] if self.mirror else np.zeros(len(samples), bool)
-        inputs = self._float(random_crops(images, tables.offsets[samples], mirror, self.size))
+    def train(self, crops: Tensor, factors: np.ndarray) -> Tensor:
+        """Training inputs of crops (n, S, S, C); factors are their rows of the epoch's colour table, (n, 3)."""
+        inputs = self._float(crops)
         if self.colour != "off":
-            factors = torch.from_numpy(tables.colour[samples]).to(self.device) * NOISE
-            shifts = (factors @ self.components).repeat(1, self.size)  # one colour shift a picture: (n, S * 3)
-            inputs.flatten(2).add_(shifts[:, None, :])
+            shifts = torch.from_numpy(factors).to(self.device) * NOISE @ self.components  # one a picture
+            inputs.flatten(2).add_(shifts.repeat(1, self.size)[:, None, :])
             if self.colour == "2012":
                 inputs /= 1 + NOISE  # keeps the pictures' scale (2012 code)
         return inputs.permute(0, 3, 1, 2)
@@ -100,20 +103,19 @@ class Augment:
         return crops - self.mean  # uint8 - float32: float32; one channel becomes three
 
 
-def random_crops(images: Tensor, offsets: np.ndarray, mirror: np.ndarray, size: int) -> Tensor:
-    """Each picture's own crop, (n, S, S, C), of contiguous (n, H, W, C): offsets (n, 2), top and left; mirror (n,)
-    bool. No loop over pictures: `windows` has the crop that starts at each byte, overlapping and without a copy, and
-    the crops are a choice of them."""
+def random_crops(images: Tensor, samples: np.ndarray, crops: Crops) -> Tensor:
+    """Crops (n, S, S, C) of the pictures images[samples], of (N, H, W, C). No loop over pictures: `windows`
+    has the square that starts at each byte, overlapping and without a copy, and the crops are a choice of them."""
     _, height, width, channels = images.shape
-    row, side = width * channels, size * channels
-    flat = images.reshape(-1)
-    windows = flat.as_strided((max(0, flat.numel() - (size - 1) * row - side + 1), size, side), (1, row, 1))
-    starts = np.arange(len(images)) * height * row + offsets @ np.array([row, channels])
+    row, side = width * channels, crops.size * channels
+    flat = images.contiguous().view(-1)
+    windows = flat.as_strided((max(0, len(flat) - (crops.size - 1) * row - side + 1), crops.size, side), (1, row, 1))
+    starts = samples * height * row + crops.offsets @ np.array([row, channels])
 
-    def crops(which: np.ndarray) -> Tensor:
+    def cut(which: np.ndarray) -> Tensor:
         chosen = windows.index_select(0, torch.from_numpy(starts[which]).to(images.device))
-        return chosen.view(-1, size, size, channels)
+        return chosen.view(-1, crops.size, crops.size, channels)
 
-    straight, mirrored = np.flatnonzero(~mirror), np.flatnonzero(mirror)
+    straight, mirrored = np.flatnonzero(~crops.mirror), np.flatnonzero(crops.mirror)
     places = torch.from_numpy(np.argsort(np.concatenate([straight, mirrored]))).to(images.device)
-    return torch.cat([crops(straight), crops(mirrored).flip(2)]).index_select(0, places)
+    return torch.cat([cut(straight), cut(mirrored).flip(2)]).index_select(0, places)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data import UserError
-from data.store import Records, Store
+from data.augment import EpochTables, random_crops
+from data.store import Crops, Records, Store
 
 RESIDENT_BYTES = 1_000_000_000  # a split of at most this size is kept on the device, whole
 
@@ -35,16 +36,21 @@ class Loader:
     def __len__(self) -> int:
         return len(self.records)
 
-    def batches(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        """One batch for each array of sample indices, in that order. Raises UserError at a damaged record."""
+    def batches(
+        self, indices: Iterable[np.ndarray], tables: EpochTables | None = None, size: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One batch for each array of sample indices, in that order: whole pictures, or with the tables of an epoch
+        their crops of `size` pixels, mirrored. Raises UserError at a damaged record."""
         if self.resident:
             for batch in indices:
                 where = torch.from_numpy(batch).to(self.device)
-                yield self.images.index_select(0, where), self.labels.index_select(0, where)
+                crops = _crops(tables, batch, size)
+                images = random_crops(self.images, batch, crops) if crops else self.images.index_select(0, where)
+                yield images, self.labels.index_select(0, where)
             return
         cuda = self.device.type == "cuda"
         streamed = DataLoader(
-            _Batches(self.records),
+            _Batches(self.records, tables, size),
             batch_sampler=indices,
             num_workers=self.workers,
             collate_fn=_as_is,
@@ -66,12 +72,16 @@ class Loader:
 class _Batches(Dataset):
     """A batch at a time, not a picture at a time: torch's fetcher calls __getitems__ with a batch's indices."""
 
-    def __init__(self, records: Records):
-        self.records = records
+    def __init__(self, records: Records, tables: EpochTables | None, size: int):
+        self.records, self.tables, self.size = records, tables, size
 
     def __getitems__(self, indices) -> tuple[Tensor, Tensor]:
-        images, labels = self.records.read(indices)
+        images, labels = self.records.read(indices, crops=_crops(self.tables, indices, self.size))
         return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _crops(tables: EpochTables | None, samples: np.ndarray, size: int) -> Crops | None:
+    return Crops(tables.offsets[samples], tables.mirror[samples], size) if tables else None
 
 
 def _as_is(batch):
@@ -79,6 +89,9 @@ def _as_is(batch):
 
 
 def _start_worker(_: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # one thread a worker; OpenCV would start one for every core
     # Ctrl-C, and the SIGTERM of timeout or of a job scheduler, go to the whole process group. Workers leave it: the
     # training loop decides when they end, and they must not end before its last batch.
     os.setpgrp()

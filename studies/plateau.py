@@ -102,13 +102,14 @@ def batches(args, store, loader: Loader, device):
     own seed."""
     inputs = training_inputs(args, store, device)
     step, an_epoch, batch = 0, len(loader) // args.batch_size, args.batch_size
+    margin = store.size - args.image_size
     while step < args.max_steps:
-        tables = epoch_tables(args.seed, step // an_epoch, len(loader), store.size - args.image_size, args.crop_runs)
+        tables = epoch_tables(args.seed, step // an_epoch, len(loader), margin, args.crop_runs, args.mirror)
         plan = [tables.order[s * batch :][:batch] for s in range(min(an_epoch, args.max_steps - step))]
-        for samples, (images, labels) in zip(plan, loader.batches(plan), strict=True):
+        for samples, (crops, labels) in zip(plan, loader.batches(plan, tables, args.image_size), strict=True):
             step += 1
             utils.seed_all(args.seed, step, 0)
-            yield inputs.train(images, tables, samples), labels
+            yield inputs.train(crops, tables.colour[samples]), labels
 
 
 def build(args, store, cell: dict) -> nn.Module:

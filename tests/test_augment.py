@@ -6,7 +6,8 @@ import torch
 from conftest import pictures
 from PIL import Image
 
-from data.augment import Augment, epoch_tables
+from data.augment import Augment, epoch_tables, random_crops
+from data.store import Crops
 
 PCA = {"eigenvalues": [900.0, 100.0, 4.0], "eigenvectors": np.linalg.qr(np.arange(9).reshape(3, 3) ** 2.0)[0].tolist()}
 
@@ -24,15 +25,34 @@ def test_random_crops_and_mirrors_equal_pil():
     images = pictures(40, (72, 72, 3))
     tables = epoch_tables(3, 1, 40, 8)
     samples = np.random.default_rng(0).permutation(40)[:25]
-    ours = Augment(64, np.zeros((1, 1, 3))).train(torch.from_numpy(images[samples]), tables, samples)
+    ours = random_crops(torch.from_numpy(images), samples, Crops(tables.offsets[samples], tables.mirror[samples], 64))
     theirs = by_pil(images[samples], tables.offsets[samples], tables.mirror[samples], 64)
-    assert ours.shape == (25, 3, 64, 64)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), theirs.astype(np.float32))
-    augment = Augment(64, np.zeros((1, 1, 3)), mirror=False)
-    unmirrored = augment.train(torch.from_numpy(images[samples]), tables, samples)
-    theirs = by_pil(images[samples], tables.offsets[samples], np.zeros(25, bool), 64)
-    assert np.array_equal(unmirrored.permute(0, 2, 3, 1).numpy(), theirs.astype(np.float32))
+    assert np.array_equal(ours.numpy(), theirs)
+    inputs = Augment(64, np.zeros((1, 1, 3))).train(ours, tables.colour[samples])
+    assert inputs.shape == (25, 3, 64, 64)
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(inputs.permute(0, 2, 3, 1).numpy(), theirs.astype(np.float32))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("mirror", "margin"), [(False, 8), (True, 8), (None, 0)])
+def test_crops_at_the_edges(mirror, margin, channels):
+    """All or none mirrored; the first and the last offset of the first and the last picture; nothing to cut off; the
+    same picture twice; no picture at all."""
+    size = 72 - margin
+    images = pictures(6, (72, 72, 3))[..., :channels]
+    samples = np.array([5, 0, 5, 2, 0, 5])
+    offsets = np.array([[margin, margin], [0, 0], [0, margin], [margin // 2, 1 % (margin + 1)], [margin, 0], [0, 0]])
+    flips = np.arange(6) % 2 == 0 if mirror is None else np.full(6, mirror)
+    ours = random_crops(torch.from_numpy(images), samples, Crops(offsets, flips, size))
+    assert np.array_equal(ours.numpy(), loop(images[samples], offsets, flips, size))
+    none = random_crops(torch.from_numpy(images), samples[:0], Crops(offsets[:0], flips[:0], size))
+    assert none.shape == (0, size, size, channels)
+
+
+def loop(images, offsets, mirror, size):
+    cut = [p[top : top + size, left : left + size] for p, (top, left) in zip(images, offsets, strict=True)]
+    return np.stack([p[:, ::-1] if flip else p for p, flip in zip(cut, mirror, strict=True)])
 
 
 @pytest.mark.parametrize(("stored", "size"), [(72, 64), (256, 224), (73, 64)])
@@ -71,6 +91,9 @@ def test_tables_depend_on_seed_and_epoch_alone():
         assert np.array_equal(getattr(first, name), getattr(again, name))
         for other in (epoch_tables(1, 3, 500, 8), epoch_tables(2, 2, 500, 8)):
             assert not np.array_equal(getattr(first, name), getattr(other, name)), name
+    straight = epoch_tables(1, 2, 500, 8, mirrored=False)
+    assert not straight.mirror.any()
+    assert np.array_equal(straight.offsets, first.offsets)
     assert np.array_equal(np.sort(first.order), np.arange(500))
 
 
@@ -93,7 +116,8 @@ def test_mean_images_centre_is_subtracted_from_every_crop():
     images, mean = pictures(20, (72, 72, 3)), np.random.default_rng(1).random((72, 72, 3)).astype(np.float32) * 255
     tables, samples = epoch_tables(0, 0, 20, 8), np.arange(20)
     assert 0 < tables.mirror.sum() < 20
-    ours = Augment(64, mean).train(torch.from_numpy(images), tables, samples)
+    crops = random_crops(torch.from_numpy(images), samples, Crops(tables.offsets, tables.mirror, 64))
+    ours = Augment(64, mean).train(crops, tables.colour)
     theirs = by_pil(images, tables.offsets, tables.mirror, 64) - mean[4:68, 4:68]
     assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), theirs)
     channel = np.array([[[10.0, 20.0, 30.0]]])
@@ -115,7 +139,8 @@ def test_colour_noise_is_the_sources(colour):
     """[p1 p2 p3][a1 s1, a2 s2, a3 s3]^T once a picture, a ~ N(0, 0.1): s are standard deviations and the sum is
     divided by 1.1 (2012 code), or eigenvalues of pixels in 0..1, here times 255 (paper, section 4.1)."""
     images, tables, samples = pictures(8, (72, 72, 3)), epoch_tables(5, 0, 8, 8), np.arange(8)
-    ours = Augment(64, np.zeros((1, 1, 3)), colour=colour, pca=PCA).train(torch.from_numpy(images), tables, samples)
+    cut = random_crops(torch.from_numpy(images), samples, Crops(tables.offsets, tables.mirror, 64))
+    ours = Augment(64, np.zeros((1, 1, 3)), colour=colour, pca=PCA).train(cut, tables.colour)
     crops = by_pil(images, tables.offsets, tables.mirror, 64).astype(np.float64)
     augment, plain = Augment(64, np.zeros((1, 1, 3)), colour=colour, pca=PCA), Augment(64, np.zeros((1, 1, 3)))
     tests = zip(augment.ten_crop(torch.from_numpy(images)), plain.ten_crop(torch.from_numpy(images)), strict=True)

@@ -34,6 +34,25 @@ def test_workers_and_residence_make_no_difference(kind, request):
             assert np.array_equal(got_labels, labels[rows])
 
 
+@pytest.mark.parametrize("kind", ["store", "grey_store", "jpeg_store"])
+def test_crops_are_those_of_the_whole_pictures(kind, request):
+    """Resident or streamed, raw, grey or JPEG, 0 or 2 workers: each crop is the part of the picture that the tables
+    name, mirrored where they say so."""
+    packed = request.getfixturevalue(kind)
+    images, labels = packed.split("train").read(np.arange(96))
+    tables = epoch_tables(2, 1, 96, 8)
+    assert 0 < tables.mirror.sum() < 96
+    readers = [Loader(packed, "train", resident=True)]
+    readers += [Loader(packed, "train", workers=n, resident=False) for n in (0, 2)]
+    for reader in readers:
+        for rows, (got, got_labels) in zip(PLAN, reader.batches(PLAN, tables, 64), strict=True):
+            assert np.array_equal(got_labels.numpy(), labels[rows])
+            for row, crop in zip(rows, got.numpy(), strict=True):
+                top, left = tables.offsets[row]
+                part = images[row, top : top + 64, left : left + 64]
+                assert np.array_equal(crop, part[:, ::-1] if tables.mirror[row] else part)
+
+
 def test_any_point_of_resuming_gives_the_same_batches(store):
     """The plan of an epoch is a table: what follows step s does not depend on what was read before."""
     tables = epoch_tables(0, 3, 96, 8)

@@ -1,0 +1,262 @@
+"""How fast is a training step (forward, loss, backward, update)? Against what people run instead, in one run:
+
+    python -m benchmarks.step [--size 224] [--batch 64] [--precision fp32|bf16] [--repeats 9] [--device auto] [--json]
+
+The usual module has the same layers as AlexNet() with torch's parts: conv, ReLU, nn.LocalResponseNorm, max-pool,
+nn.Dropout, torch.optim.SGD. Every contender is a process of its own, set up as its users would run it; they take turns,
+a step each, after three steps of warm-up. Pictures are those of the bundled sample. Memory is the most that a step
+takes beyond what Python and torch's code take. The limit is the step's multiply-adds in convolutions and dense layers
+over the rate of one large matrix product.
+"""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import utils
+from benchmarks.timing import milliseconds, pictures, product_rate, wait
+from data.cli import Parser, run_script, whole
+from kernels import accelerate
+from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet
+from recipe import make_optimizer
+from train import train_step
+
+# name: (net, torch.compile, pages of 2 MB)
+CONTENDERS = {
+    "usual module": ("usual", False, False),
+    "usual module, torch.compile": ("usual", True, False),
+    "usual module, huge pages": ("usual", False, True),
+    "torchvision's alexnet (another net)": ("torchvision", False, False),
+    "this, --kernels off": ("plain", False, True),
+    "this": ("fast", False, True),
+    "this, --compile": ("fast", True, True),
+}
+USUAL, COMPILED = "usual module", "usual module, torch.compile"
+PARTS = {  # what a profile's operators are part of, by a piece of their names
+    "convolutions": ("convolution", "conv2d"), "dense layers": ("addmm", "::mm", "linear", "dense"),
+    "max-pools": ("max_pool",), "ReLU": ("threshold", "clamp_min", "relu"), "dropout's masks": ("bernoulli", "random_"),
+    "update": ("sgd", "SGD"),
+    # The usual LRN is made of these; dropout's product with its mask, which is small, comes along.
+    "LRN": ("lrn", "LRN", "avg_pool3d", "AvgPool3D", "pow", "Pow", "::div", "DivB", "::mul", "MulB", "neg"),
+}
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    device = utils.pick_device(args.device)
+    names = [name for name in CONTENDERS if not args.only or any(part in name for part in args.only)]
+    result = {"size": args.size, "batch": args.batch, "precision": args.precision, **utils.environment(device)}
+    result["contenders"] = race(names, args, device)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    result["flops"] = step_flops(args.size, args.batch)
+    result["product_rate"] = product_rate(device, dtype)
+    print(json.dumps(result) if args.json else report(result))
+    return 0
+
+
+def race(names: list[str], args, device: torch.device) -> dict:
+    """Each contender's times, memory in MB and parts, or why it did not run."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name in names:  # one after the other: they would disturb each other's warm-up
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=contend, args=(theirs, name, args, device), daemon=True))
+        processes[-1].start()
+        theirs.close()
+    found = {name: {"seconds": []} for name in names}
+    order = ["warm up", *["step"] * args.repeats, "describe"]
+    for word in order:
+        for name in names:
+            if "skipped" in found[name]:
+                continue
+            try:
+                pipes[name].send(word)
+                answer = pipes[name].recv()
+            except (EOFError, BrokenPipeError):
+                answer = "its process ended"
+            if isinstance(answer, str):
+                found[name] = {"skipped": answer}
+            elif isinstance(answer, float):
+                found[name]["seconds"].append(answer)
+            elif answer:
+                found[name] |= milliseconds(found[name].pop("seconds")) | answer
+    for process in processes:
+        process.join(20)
+    return found
+
+
+def contend(connection, name: str, args, device: torch.device) -> None:
+    """A contender's process: does what it is told, and answers None, seconds, a description, or in words why not."""
+    kind, compiled, huge = CONTENDERS[name]
+    if huge:
+        utils.huge_pages()
+    utils.settle_arithmetic()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    step = None
+    while True:
+        word = connection.recv()
+        try:
+            if word == "warm up":
+                before = resident(device)
+                step = make_step(kind, compiled, args, device)
+                for _ in range(3):
+                    step()
+                connection.send(None)
+            elif word == "step":
+                connection.send(timed(step, device))
+            else:
+                memory = peak(step, before, device)
+                connection.send({"memory_mb": memory, "parts_ms": None if compiled else parts(step, device)})
+                return
+        except Exception as error:  # a peer that is not installed or can't run here is named, the others go on
+            connection.send(f"{type(error).__name__}: {utils.one_line(error)}")
+            return
+
+
+def make_step(kind: str, compiled: bool, args, device: torch.device):
+    """A training step as a function without arguments."""
+    torch.manual_seed(0)
+    images = pictures(args.batch, args.size).to(device)
+    labels = torch.arange(args.batch, device=device) % args.classes
+    if kind in ("usual", "torchvision"):
+        net = usual_module(args.size, args.classes)
+        if kind == "torchvision":
+            from torchvision.models import alexnet
+
+            net = alexnet(num_classes=args.classes)
+        net.to(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    else:
+        net = AlexNet(args.classes, image_size=args.size).to(device, memory_format=torch.channels_last)
+        if kind == "fast":
+            accelerate(net, gpu_kernels=True, say=lambda _: None)
+        images = images.contiguous(memory_format=torch.channels_last)
+        optimizer = make_optimizer(net, recipe="2012", lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    net.train()
+    model = torch.compile(net) if compiled else net
+    return lambda: train_step(model, optimizer, images, labels, args.precision)
+
+
+def usual_module(size: int, classes: int) -> nn.Module:
+    """The paper's table as it is usually written down."""
+    def conv(inputs, outputs, kernel, **options):
+        return nn.Conv2d(inputs, outputs, kernel, **options), nn.ReLU(inplace=True)
+
+    def norm():
+        return nn.LocalResponseNorm(LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
+
+    side = AlexNet(1, image_size=size).fc6.in_features
+    return nn.Sequential(
+        *conv(3, 96, 11, stride=4, padding=2), norm(), nn.MaxPool2d(3, 2), *conv(96, 256, 5, padding=2), norm(),
+        nn.MaxPool2d(3, 2), *conv(256, 384, 3, padding=1), *conv(384, 384, 3, padding=1), *conv(384, 256, 3, padding=1),
+        nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(side, 4096), nn.ReLU(inplace=True), nn.Dropout(),
+        nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4096, classes),
+    )
+
+
+def timed(step, device: torch.device) -> float:
+    wait(device)
+    began = time.perf_counter()
+    step()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def resident(device: torch.device) -> float:
+    """MB that this process holds now, on the device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 1e6
+    return _status("VmRSS")
+
+
+def peak(step, before: float, device: torch.device) -> float:
+    """MB beyond `before` at the worst moment of a step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        timed(step, device)
+        return torch.cuda.max_memory_allocated() / 1e6 - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1000
+
+
+def parts(step, device: torch.device) -> dict[str, float]:
+    """Where a step's time goes, in ms on the device."""
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU] + [activity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=kinds) as profile:
+        timed(step, device)
+    spent = dict.fromkeys([*PARTS, "everything else"], 0.0)
+    for event in profile.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        part = next((p for p, words in PARTS.items() if any(word in event.key for word in words)), "everything else")
+        spent[part] += own / 1000
+    return spent
+
+
+def step_flops(size: int, batch: int) -> int:
+    """Two for each multiply-add of the net's convolutions and dense layers, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = AlexNet(image_size=size, lrn=False, dropout=0).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(batch, 3, size, size, device="meta")).sum().backward()
+    return counter.get_total_flops()
+
+
+def report(result: dict) -> str:
+    found, batch = result["contenders"], result["batch"]
+    limit = 1000 * result["flops"] / result["product_rate"]
+    lines = [
+        f"training step, {batch} x 3 x {result['size']} x {result['size']}, {result['precision']}, {result['device']}, "
+        f"{result['threads']} threads, torch {result['torch']}",
+        f"{'':<36}{'ms':>8}{'quartiles':>16}{'images/s':>10}{'x usual':>9}{'x compiled':>12}{'MB':>7}{'of limit':>10}",
+    ]
+    for name, entry in found.items():
+        if "skipped" in entry:
+            lines.append(f"{name:<36}{'-':>8}  skipped: {entry['skipped']}")
+            continue
+        median, (low, high) = entry["median_ms"], entry["quartiles_ms"]
+        times = [f"{found[p]['median_ms'] / median:.2f}" if found.get(p, {}).get("median_ms") else "-"
+                 for p in (USUAL, COMPILED)]
+        lines.append(
+            f"{name:<36}{median:>8.1f}{f'{low:.1f}..{high:.1f}':>16}{1000 * batch / median:>10.0f}{times[0]:>9}"
+            f"{times[1]:>12}{entry['memory_mb']:>7.0f}{limit / median:>10.0%}"
+        )
+    rate = result["product_rate"] / 1e9
+    lines.append(f"limit: {result['flops'] / 1e9:.0f} GFLOP at {rate:.0f} GFLOP/s, {limit:.1f} ms")
+    for name in ("usual module", "this"):
+        spent = found.get(name, {}).get("parts_ms") or {}
+        whole_step = sum(spent.values())
+        shares = ", ".join(f"{part} {ms:.1f} ({ms / whole_step:.0%})" for part, ms in spent.items())
+        if spent:
+            lines.append(f"where the time of '{name}' goes, ms: {shares}")
+    return "\n".join(lines)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.step", description="Time a training step against its peers.")
+    parser.add_argument("--size", type=whole(63), default=224, metavar="N", help="pixels a side (default: %(default)s)")
+    parser.add_argument("--batch", type=whole(1), default=64, metavar="N", help="pictures (default: %(default)s)")
+    parser.add_argument("--classes", type=whole(1), default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                        help="bf16: autocast, for all of them (default: %(default)s)")
+    parser.add_argument("--repeats", type=whole(3), default=9, metavar="N", help="timed steps (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only contenders whose names hold one of these words")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,59 @@
+"""What the benchmarks share: turns, medians, and the limits that the machine sets."""
+
+import statistics
+import time
+
+import torch
+
+from data import sources
+
+
+def interleaved(contenders: dict, repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each contender, taken in turns after one call of each as warm-up."""
+    times = {name: [] for name in contenders}
+    for number in range(repeats + 1):
+        for name, call in contenders.items():
+            wait(device)
+            began = time.perf_counter()
+            call()
+            wait(device)
+            if number:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(seconds: list[float]) -> dict:
+    low, _, high = statistics.quantiles(seconds, n=4)
+    median = statistics.median(seconds)
+    return {"median_ms": 1000 * median, "quartiles_ms": [1000 * low, 1000 * high], "n": len(seconds)}
+
+
+def copy_rate(device: torch.device, numbers: int = 1 << 26) -> float:
+    """Bytes a second, read and written, of the fastest of ten copies of a tensor of that many float32."""
+    a, b = torch.ones(numbers, device=device), torch.zeros(numbers, device=device)
+    times = interleaved({"copy": lambda: b.copy_(a)}, 10, device)["copy"]
+    return 2 * 4 * numbers / min(times)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second in the fastest of ten products of square matrices, 2048 wide on a CPU and
+    8192 on a GPU; on a CPU by oneDNN, if this torch has it."""
+    width = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    contenders = {"torch": lambda: a @ b}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        contenders["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    times = interleaved(contenders, 10, device)
+    return 2 * width**3 / min(min(t) for t in times.values())
+
+
+def pictures(count: int, size: int) -> torch.Tensor:
+    """Pictures of the bundled sample as a net's input: (count, 3, size, size), 0..255 minus their mean."""
+    stored = torch.from_numpy(sources.find("sample").splits["train"].pictures[:count])
+    scaled = torch.nn.functional.interpolate(stored[:, None].float(), size=size, mode="bilinear").expand(-1, 3, -1, -1)
+    return scaled - scaled.mean(0)
