@@ -47,7 +47,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     state: State
     schedule: Schedule
-    kernels: str  # what kernels.accelerate chose
+    kernels: str = ""  # what kernels.accelerate chose
     warned: bool = False
 
     @property

@@ -66,7 +66,8 @@ class Augment:
             left = (mean.shape[1] - image_size) // 2
             mean = mean[top : top + image_size, left : left + image_size]
         self.size, self.device, self.colour = image_size, torch.device(device), colour
-        self.mean = mean.expand(-1, -1, 3).contiguous().to(self.device)
+        # In full even where it is three numbers: whole rows are subtracted several times as fast.
+        self.mean = mean.expand(image_size, image_size, 3).contiguous().to(self.device)
         if colour != "off":
             values = torch.tensor(pca["eigenvalues"])
             # 2012 code: standard deviations of the components. Paper: eigenvalues, read as those of pixels in 0..1.
@@ -100,7 +101,9 @@ class Augment:
         return self._float(crop.flip(2) if mirrored else crop).permute(0, 3, 1, 2)
 
     def _float(self, crops: Tensor) -> Tensor:
-        return crops - self.mean  # uint8 - float32: float32; one channel becomes three
+        if crops.shape[3] == 1:
+            return crops - self.mean  # one channel becomes three
+        return crops.float().sub_(self.mean)  # half the time of one subtraction of two types
 
 
 def random_crops(images: Tensor, samples: np.ndarray, crops: Crops) -> Tensor:

@@ -37,7 +37,7 @@ def test_what_a_run_leaves_behind(store, run_folder):
     (entry,) = utils.read_log(run_folder / "log.jsonl")
     assert set(entry) == {
         "epoch", "step", "lr", "train_loss", "train_top1_error", "val_loss", "val_top1_error", "val_top5_error",
-        "images_per_second", "seconds",
+        "images_per_second", "stall", "seconds",
     }
     assert (entry["epoch"], entry["step"], entry["lr"]) == (1, 6, 0.01)
     best, last = load(run_folder / "best.pt"), load(run_folder / "last.pt")
