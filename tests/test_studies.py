@@ -1,6 +1,5 @@
-"""studies/ and benchmarks/: each runs, small."""
+"""studies/: each runs, small."""
 
-import json
 import math
 import re
 
@@ -12,7 +11,6 @@ import options
 import run
 import train
 import utils
-from benchmarks import lrn, pack
 from data import UserError
 from studies import ablations, plateau
 
@@ -192,28 +190,3 @@ class Small:
 
     def parse_args(self, argv):
         return self.parser.parse_args([*argv, "--batch-size", "16"])
-
-
-def test_lrn_benchmark_prints_one_line_of_json(capsys):
-    lrn.main(["--batch", "2", "--repeats", "3", "--device", "cpu", "--json"])
-    result = json.loads(capsys.readouterr().out)
-    assert result["shape"] == [2, 96, 55, 55]
-    for layout in ("contiguous", "channels_last"):
-        assert set(result["layouts"][layout]) == {"model.LocalResponseNorm", "F.local_response_norm"}
-        assert all(entry["median_ms"] > 0 for entry in result["layouts"][layout].values())
-    lrn.main(["--batch", "2", "--repeats", "3", "--device", "cpu"])
-    assert "channels_last" in capsys.readouterr().out
-
-
-def test_packing_benchmark(capsys, tmp_path):
-    pack.main(["--count", "12", "--repeats", "2", "--json"])
-    result = json.loads(capsys.readouterr().out)
-    assert result["pictures"] == 12
-    assert 60 < result["kilobytes"] < 160  # ILSVRC's average is 110
-    assert {name for name, entry in result["rates"].items() if entry["kilobytes"]} == {
-        "data.pack, JPEG records", "data.pack, raw records"
-    }
-    assert all(entry["median"] > 0 for entry in result["rates"].values())
-    pack.photograph(tmp_path, 3, 50)
-    pack.main(["--pictures", str(tmp_path), "--repeats", "2"])
-    assert "1 pictures of" in capsys.readouterr().out
