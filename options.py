@@ -112,7 +112,8 @@ def make_parser() -> Parser:
     machine = parser.add_argument_group("machine and run")
     machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     machine.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                         help="auto: bf16 autocast on a GPU, fp32 (no TF32) on a CPU; weights are fp32 always")
+                         help="auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 is without TF32, and weights are fp32 "
+                         "always")
     machine.add_argument("--kernels", choices=("auto", "on", "off"), default="auto",
                          help="the fast parts of kernels.py; auto: those that have been tested, all of them on a CPU; "
                          "on: the Triton LRN on a GPU, too; off: the net as model.py has it (default: %(default)s)")

@@ -303,7 +303,7 @@ def describe(run: Run) -> str:
         "recipe": f"{args.recipe}: batch {args.batch_size}, rate {args.lr:g}, momentum {args.momentum:g}, "
         f"decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
         "device": f"{machine['device']}, {run.world} process{'es' * (run.world > 1)}, {machine['threads']} threads, "
-        f"{utils.PRECISIONS[args.precision]}",
+        f"{args.precision}{', no TF32' if run.device.type == 'cuda' and args.precision == 'fp32' else ''}",
         "kernels": run.kernels,
         "run": f"{shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }

@@ -40,9 +40,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
-PRECISIONS = {"fp32": "fp32, no TF32", "bf16": "bf16 autocast, weights in fp32"}  # train.py's --precision, in words
-
-
 def settle_arithmetic() -> None:
     """float32 is float32 on a GPU, too: torch's convolutions would take TF32 there."""
     torch.backends.cudnn.conv.fp32_precision = "ieee"

@@ -1,9 +1,10 @@
 """How fast do pictures get from the disk to batches? On one core, in turns in one run:
 
-    python -m benchmarks.loader [--count 2000] [--batch 64] [--repeats 5] [--json]
+    python -m benchmarks.loader [--pictures FOLDER] [--count 2000] [--batch 64] [--repeats 5] [--json]
 
-256 x 256 pictures with the spectrum of photographs are packed into stores, raw and JPEG; the peers get the very JPEG
-bytes of the store, as an ImageFolder tree and as webdataset shards. All of them shuffle, crop 224 x 224 at random,
+256 x 256 pictures are packed into stores, raw and JPEG: made ones with the spectrum of photographs, or with --pictures
+your own, over and over until there are --count. The peers get the very JPEG bytes of the store, as an ImageFolder tree
+and as a webdataset shard. All of them shuffle, crop 224 x 224 at random,
 mirror half of the pictures, and give batches of the same kind: uint8, or float32 with the mean subtracted. The limit of
 a raw store is a memory map of bare pixels, cropped row by row; that of a JPEG store its decoder alone.
 
@@ -27,10 +28,11 @@ import torch
 import utils
 from benchmarks.pack import like_a_photograph
 from benchmarks.timing import interleaved, milliseconds
-from data import encode, pack
+from data import UserError, encode, pack, trees
 from data.augment import Augment, epoch_tables
 from data.cli import Parser, run_script, whole
 from data.loader import Loader
+from data.pictures import open_picture, to_square
 from data.store import Store
 from data.trees import Source, Split
 from kernels import accelerate
@@ -51,7 +53,8 @@ def main(argv=None) -> int:
     result = {"pictures": args.count, "batch": args.batch, **utils.environment(CPU)}
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
-        stores = make_files(Path(folder), args.count)
+        stores = make_files(Path(folder), squares(args.pictures, args.count))
+        result["kilobytes"] = kilobytes(Path(folder))
         torch.set_num_threads(1)
         os.sched_setaffinity(0, {min(cores)})
         try:
@@ -85,11 +88,26 @@ def rates(readers: dict, count: int, repeats: int) -> dict:
 # ---------------------------------------------------------------------------------------------- the files
 
 
-def make_files(folder: Path, count: int) -> dict[str, Store]:
+def squares(folder: str | None, count: int) -> np.ndarray:
+    """`count` pictures (n, 256, 256, 3), those of a folder over and over or made for this."""
+    if not folder:
+        return np.stack([like_a_photograph(number, STORED, STORED) for number in range(count)])
+    found = [Path(folder) / name for name in trees.pictures_below(folder)]
+    if not found:
+        raise UserError(f"--pictures {folder} holds no pictures")
+    cut = [to_square(open_picture(file), STORED, 3) for file in found[:count]]
+    return np.stack([cut[number % len(cut)] for number in range(count)])
+
+
+def kilobytes(folder: Path) -> float:
+    """A JPEG file's size, on average."""
+    return float(np.mean([file.stat().st_size for file in (folder / "tree").rglob("*.jpg")])) / 1000
+
+
+def make_files(folder: Path, pictures: np.ndarray) -> dict[str, Store]:
     """The same pictures as raw and as JPEG records of 256 pixels, as bare pixels, as files of an ImageFolder tree and
     as a webdataset shard, the last two of the bytes that are in the JPEG records; and a raw store of 72 pixels."""
-    pictures = np.stack([like_a_photograph(number, STORED, STORED) for number in range(count)])
-    labels = np.arange(count) % CLASSES
+    labels = np.arange(len(pictures)) % CLASSES
     np.save(folder / "pixels.npy", pictures)
     with tarfile.open(folder / "shard.tar", "w") as shard:
         for number, (picture, label) in enumerate(zip(pictures, labels.tolist(), strict=True)):
@@ -262,8 +280,10 @@ def training(store: Store, size: int, batch: int, steps: int) -> dict:
 
 
 def report(result: dict) -> str:
-    lines = [f"{result['pictures']} pictures of {STORED} x {STORED}, shuffled, {CROP} x {CROP} crops in batches of "
-             f"{result['batch']}; {result['device']}, torch {result['torch']}"]
+    lines = [
+        f"{result['pictures']} pictures of {STORED} x {STORED}, {result['kilobytes']:.0f} KB as JPEG, shuffled, "
+        f"{CROP} x {CROP} crops in batches of {result['batch']}; {result['device']}, torch {result['torch']}"
+    ]
     for kind in ("uint8", "float32"):
         slow = result[kind][f"{FOLDER}, PIL"].get("images_per_second")
         lines.append(f"{kind} batches, one core: images/s, quartiles, times {FOLDER} with PIL")
@@ -287,6 +307,7 @@ def line(name: str, entry: dict, count: int, slow: float | None) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.loader", description="Time reading, cropping and mirroring pictures.")
+    parser.add_argument("--pictures", metavar="FOLDER", help="pictures to pack (default: made for this)")
     parser.add_argument("--count", type=whole(100), default=2000, metavar="N", help="pictures (default: %(default)s)")
     parser.add_argument("--batch", type=whole(1), default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--repeats", type=whole(3), default=5, metavar="N", help="timed rounds (default: %(default)s)")

@@ -111,11 +111,15 @@ def test_loader(capsys, monkeypatch):
 
 
 def test_the_loaders_peers_get_the_same_bytes(tmp_path):
-    stores = loader.make_files(tmp_path, 12)
+    stores = loader.make_files(tmp_path, loader.squares(None, 12))
     records, files = stores["jpeg"].split("train"), sorted((tmp_path / "tree").rglob("*.jpg"), key=lambda p: p.stem)
     coded = []
     records._each(np.arange(12), lambda row, value: coded.append(bytes(open_record(value, check=True)[0])))
     assert [file.read_bytes() for file in files] == coded
+    assert loader.kilobytes(tmp_path) == pytest.approx(np.mean([len(one) for one in coded]) / 1000)
+    again = loader.squares(str(tmp_path / "tree"), 15)  # of a folder, over and over
+    assert again.shape == (15, 256, 256, 3)
+    assert np.array_equal(again[:3], again[12:])
     assert np.array_equal(stores["raw"].split("train").read(np.arange(12))[0], np.load(tmp_path / "pixels.npy"))
 
 
