@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import utils
 from data import UserError, sources
 from data.augment import COLOURS
 from data.cli import Parser, number, whole
+from data.loader import default_workers
 from data.store import Store
 from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES, SMALLEST
 
@@ -73,8 +73,9 @@ def make_parser() -> Parser:
     data.add_argument("--crop-runs", type=whole(1), default=1, metavar="N",
                       help="pictures in a row that are cropped and mirrored alike; the 2012 code has 32 "
                       "(default: %(default)s)")
-    data.add_argument("--workers", type=whole(0), default=os.cpu_count(), metavar="N",
-                      help="processes that read what does not fit on the device (default: %(default)s)")
+    data.add_argument("--workers", type=whole(0), metavar="N",
+                      help="processes that read what does not fit on the device (default: one a core for a GPU; none "
+                      "on a CPU, where they would take the cores from the net)")
 
     net = parser.add_argument_group("net")
     net.add_argument("--columns", type=int, choices=(1, 2), default=1,
@@ -137,6 +138,8 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:
         raise UserError(f"--image-size {args.image_size}: {store.path} has {store.size} x {store.size} pictures")
+    if args.workers is None:
+        args.workers = default_workers(device)
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     for split in ("train", "val"):

@@ -12,7 +12,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import utils
 from data import UserError, sources
 from data.augment import Augment
 from data.cli import Parser, run_script, shown, whole
-from data.loader import Loader
+from data.loader import Loader, default_workers
 from data.pack import named_store
 from data.pictures import open_picture
 from data.store import Store
@@ -55,7 +54,7 @@ def main(argv=None) -> int:
     members = [member(checkpoint, path, device) for checkpoint, path in zip(checkpoints, paths, strict=True)]
     check_fit(paths, checkpoints, store)
 
-    loader = Loader(store, split, device, workers=os.cpu_count() or 1)
+    loader = Loader(store, split, device, workers=default_workers(device))
     records = Records(store.classes, store.names(split))
     wanted = records.add if args.per_class or args.predictions else None
     sums = utils.evaluate(

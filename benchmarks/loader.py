@@ -69,7 +69,7 @@ def main(argv=None) -> int:
         result["resident"] = rates({"this, resident, 64 px": resident(stores["small"])}, RESIDENT, args.repeats)
         result["training"] = {
             "64 px, resident": training(stores["small"], 64, 128, 40),
-            f"{CROP} px, JPEG records, {os.cpu_count()} workers": training(stores["jpeg"], CROP, args.batch, 10),
+            f"{CROP} px, JPEG records": training(stores["jpeg"], CROP, args.batch, 10),
         }
     print(json.dumps(result) if args.json else report(result))
     return 0
@@ -249,22 +249,20 @@ def resident(store: Store):
 
 
 def training(store: Store, size: int, batch: int, steps: int) -> dict:
-    """Seconds of a step from a store and of one on a fixed batch, three times `steps` each in turns."""
+    """Seconds of a step from a store and of one on a fixed batch, three times `steps` each in turns; without workers,
+    as train.py on a CPU."""
     torch.manual_seed(0)
     net = accelerate(AlexNet(CLASSES, image_size=size).to(memory_format=torch.channels_last), say=lambda _: None)
     optimizer = make_optimizer(net, recipe="2012", lr=1e-5, momentum=0.9, weight_decay=5e-4)
-    loader = Loader(store, "train", workers=os.cpu_count(), resident=size == 64)
+    loader = Loader(store, "train", resident=size == 64)
     augment = Augment(size, store.mean, colour="2012", pca=store.manifest["pca"])
     tables = epoch_tables(0, 0, len(loader), store.size - size)
-    # More than are used: at the end, too, workers read ahead as in the middle of an epoch.
-    plan = np.resize(tables.order, (steps + 30, batch))
+    plan = np.resize(tables.order, (steps + 1, batch))
     seconds = {"store": [], "fixed": []}
     for kind in ("store", "fixed") * 3:
         with closing(loader.batches(list(plan), tables, size)) as batches:
             crops, labels = next(batches)
-            if kind == "fixed":
-                batches.close()  # no worker reads ahead
-                pictures = augment.train(crops, tables.colour[plan[0]])
+            pictures = augment.train(crops, tables.colour[plan[0]])
             for step in range(steps):
                 began = time.perf_counter()
                 if kind == "store":

@@ -196,7 +196,7 @@ def parts(step, device: torch.device) -> dict[str, float]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would talk on stderr
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CPU] + [activity.CUDA] * (device.type == "cuda")
-    schedule = torch.profiler.schedule(wait=0, warmup=2, active=3)
+    schedule = torch.profiler.schedule(wait=0, warmup=2, active=3, repeat=1)
     with torch.profiler.profile(activities=kinds, schedule=schedule) as profile:
         for _ in range(5):
             timed(step, device)

@@ -16,6 +16,12 @@ from data.store import Crops, Records, Store
 RESIDENT_BYTES = 1_000_000_000  # a split of at most this size is kept on the device, whole
 
 
+def default_workers(device: torch.device) -> int:
+    """Processes that read for a device: one a core for a GPU; none on a CPU, where they would take the cores from the
+    net."""
+    return os.cpu_count() or 1 if device.type == "cuda" else 0
+
+
 class Loader:
     """One split of a store. A small split is *resident*: read once, its pixels one tensor on the device. A larger
     one *streams*: worker processes read whole batches (0 workers: this process does).

@@ -216,6 +216,18 @@ def test_torch_compile_takes_the_net_whole():
         assert (one - other).abs().max() <= 1e-5 * one.abs().max()
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_the_plain_lrn_under_torch_compile(columns):
+    """It takes another form there, for the same numbers."""
+    torch.manual_seed(0)
+    plain, results = LocalResponseNorm(columns, alpha=1.0), []
+    x, g = numbers_like((2, 12, 5, 7)).requires_grad_(), torch.randn(2, 12, 5, 7)
+    for forward in (plain, torch.compile(plain, backend="aot_eager", fullgraph=True)):
+        out = forward(x)
+        results.append((out.detach(), *torch.autograd.grad(out, x, g)))
+    torch.testing.assert_close(*results)
+
+
 def test_the_operators_are_what_torch_expects():
     """torch's own check of custom operators: schema, autograd, what they say of shapes."""
     x = numbers_like((2, 8, 3, 3), torch.channels_last).requires_grad_()

@@ -1,5 +1,6 @@
 """data/loader.py: the same batches however they are read."""
 
+import os
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from data import UserError
 from data.augment import epoch_tables
-from data.loader import RESIDENT_BYTES, Loader
+from data.loader import RESIDENT_BYTES, Loader, default_workers
 from data.store import Store
 
 PLAN = [order[:24] for order in np.random.default_rng(0).permuted(np.tile(np.arange(96), (5, 1)), axis=1)]
@@ -64,6 +65,12 @@ def test_any_point_of_resuming_gives_the_same_batches(store):
         assert np.array_equal(again.order, tables.order)
         rest = [images for images, _ in loader.batches(plan[first:])]
         assert all(torch.equal(a, b) for a, b in zip(whole[first:], rest, strict=True))
+
+
+def test_workers_are_for_gpus():
+    """On a CPU they would take the cores from the net."""
+    assert default_workers(torch.device("cpu")) == 0
+    assert default_workers(torch.device("cuda")) == (os.cpu_count() or 1)
 
 
 def test_a_small_split_is_resident_and_a_large_one_is_not(store, monkeypatch):
