@@ -37,9 +37,10 @@ TILE_PIXELS, TILE_CHANNELS = 64, 32  # what one Triton program works on
 
 
 def accelerate(net: nn.Module, *, gpu_kernels: bool = False, say=print) -> nn.Module:
-    """Put the fast parts into a net, in place, and return it: model.LocalResponseNorm and nn.Linear are replaced
-    wherever they are, with the same weights. gpu_kernels: use the Triton LRN, too, on a GPU. say: called with one line
-    that tells what was chosen and why."""
+    """Put the fast parts into a net, in place, and return it: each LocalResponseNorm of model.py and each nn.Linear in
+    it is replaced by a module with the same parameters (but without hooks that were put on it). gpu_kernels: use the
+    Triton LRN, too, on a GPU. say: called with one line that tells what was chosen and why. The fast parts can be
+    differentiated once."""
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for parent in list(net.modules()):
         for name, layer in list(parent.named_children()):

@@ -116,7 +116,7 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
     mine = [tables.order[s * args.batch_size + run.rank * share :][:share] for s in range(first, last)]
     # What a resumed epoch has summed up already is shared out among the processes.
     sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=run.device) / run.world
-    saved, waited, stop = time.monotonic(), 0.0, 0
+    saved, waited, stop, pictures = time.monotonic(), 0.0, 0, None
 
     model.train()
     label = f"epoch {state.epoch + 1}/{args.epochs}"
@@ -126,7 +126,7 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
         for position, samples in enumerate(mine, first):
             began = time.monotonic()
             crops, labels = next(batches)
-            pictures = inputs.train(crops, tables.colour[samples])
+            pictures = inputs.train(crops, tables.colour[samples], out=pictures)
             waited += time.monotonic() - began
             utils.seed_all(args.seed, state.step + 1, run.rank)  # for this step's dropout masks
             loss, logits = train_step(model, run.optimizer, pictures, labels, args.precision)

@@ -50,10 +50,11 @@ DECODERS = {"PIL": False, "decode_jpeg": True}  # torchvision's decoder gives te
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     utils.huge_pages()
-    result = {"pictures": args.count, "batch": args.batch, **utils.environment(CPU)}
+    count = args.count // args.batch * args.batch  # whole batches
+    result = {"pictures": count, "batch": args.batch, **utils.environment(CPU)}
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
-        stores = make_files(Path(folder), squares(args.pictures, args.count))
+        stores = make_files(Path(folder), squares(args.pictures, count))
         result["kilobytes"] = kilobytes(Path(folder))
         torch.set_num_threads(1)
         os.sched_setaffinity(0, {min(cores)})
@@ -62,14 +63,14 @@ def main(argv=None) -> int:
                 readers = {**ours(stores, args.batch, kind), **peers(Path(folder), stores["jpeg"], args.batch, kind)}
                 if kind == "uint8":
                     readers |= limits(Path(folder), args.batch)
-                result[kind] = rates(readers, args.count, args.repeats)
+                result[kind] = rates(readers, count, args.repeats)
         finally:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(threads)
         result["resident"] = rates({"this, resident, 64 px": resident(stores["small"])}, RESIDENT, args.repeats)
         result["training"] = {
-            "64 px, resident": training(stores["small"], 64, 128, 40),
-            f"{CROP} px, JPEG records": training(stores["jpeg"], CROP, args.batch, 10),
+            "64 px, resident": training(stores["small"], 64, 128, 60),
+            f"{CROP} px, JPEG records": training(stores["jpeg"], CROP, args.batch, 24),
         }
     print(json.dumps(result) if args.json else report(result))
     return 0
@@ -139,11 +140,11 @@ def ours(stores: dict[str, Store], batch: int, kind: str) -> dict:
         augment = Augment(CROP, store.mean.mean((0, 1), keepdims=True))
 
         def read() -> None:
-            tables = epoch_tables(0, 0, len(loader), STORED - CROP)
+            tables, pictures = epoch_tables(0, 0, len(loader), STORED - CROP), None
             plan = [tables.order[i : i + batch] for i in range(0, len(loader), batch)]
             for samples, (crops, _) in zip(plan, loader.batches(plan, tables, CROP), strict=True):
                 if kind == "float32":
-                    augment.train(crops, tables.colour[samples])
+                    pictures = augment.train(crops, tables.colour[samples], out=pictures)
 
         return read
 
@@ -158,7 +159,7 @@ def peers(folder: Path, store: Store, batch: int, kind: str) -> dict:
             try:
                 found[f"{name}, {decoder}"] = make(folder, batch, transform(store, kind, tensors), tensors)
             except ImportError as error:
-                found[f"{name}, {decoder}"] = f"{error.name} is not installed (benchmarks/requirements.txt)"
+                found[f"{name}, {decoder}"] = f"{error}; benchmarks/requirements.txt brings it"
     return found
 
 
@@ -249,29 +250,29 @@ def resident(store: Store):
 
 
 def training(store: Store, size: int, batch: int, steps: int) -> dict:
-    """Seconds of a step from a store and of one on a fixed batch, three times `steps` each in turns; without workers,
-    as train.py on a CPU."""
+    """Seconds of a step from a store and of one on a fixed batch, by turns, `steps` of each after two that are not
+    counted; without workers, as train.py on a CPU."""
     torch.manual_seed(0)
     net = accelerate(AlexNet(CLASSES, image_size=size).to(memory_format=torch.channels_last), say=lambda _: None)
     optimizer = make_optimizer(net, recipe="2012", lr=1e-5, momentum=0.9, weight_decay=5e-4)
     loader = Loader(store, "train", resident=size == 64)
     augment = Augment(size, store.mean, colour="2012", pca=store.manifest["pca"])
     tables = epoch_tables(0, 0, len(loader), store.size - size)
-    plan = np.resize(tables.order, (steps + 1, batch))
+    plan = np.resize(tables.order, (steps + 3, batch))
     seconds = {"store": [], "fixed": []}
-    for kind in ("store", "fixed") * 3:
-        with closing(loader.batches(list(plan), tables, size)) as batches:
+    with closing(loader.batches(list(plan), tables, size)) as batches:
+        crops, fixed_labels = next(batches)
+        fixed, pictures = augment.train(crops, tables.colour[plan[0]]), None
+        for samples in plan[1:]:
+            began = time.perf_counter()
             crops, labels = next(batches)
-            pictures = augment.train(crops, tables.colour[plan[0]])
-            for step in range(steps):
-                began = time.perf_counter()
-                if kind == "store":
-                    crops, labels = next(batches)
-                    pictures = augment.train(crops, tables.colour[plan[step + 1]])
-                train_step(net, optimizer, pictures, labels, "fp32")
-                if step >= 2:
-                    seconds[kind].append(time.perf_counter() - began)
-    return {kind: milliseconds(times) for kind, times in seconds.items()}
+            pictures = augment.train(crops, tables.colour[samples], out=pictures)
+            train_step(net, optimizer, pictures, labels, "fp32")
+            between = time.perf_counter()
+            train_step(net, optimizer, fixed, fixed_labels, "fp32")
+            seconds["store"].append(between - began)
+            seconds["fixed"].append(time.perf_counter() - between)
+    return {kind: milliseconds(times[2:]) for kind, times in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------------- what is printed

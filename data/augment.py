@@ -74,9 +74,11 @@ class Augment:
             scale = values.sqrt() if colour == "2012" else values / 255
             self.components = (scale[:, None] * torch.tensor(pca["eigenvectors"])).to(self.device)
 
-    def train(self, crops: Tensor, factors: np.ndarray) -> Tensor:
-        """Training inputs of crops (n, S, S, C); factors are their rows of the epoch's colour table, (n, 3)."""
-        inputs = self._float(crops)
+    def train(self, crops: Tensor, factors: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Training inputs of crops (n, S, S, C); factors are their rows of the epoch's colour table, (n, 3). out:
+        inputs of as many crops that nobody needs any more, to be overwritten: fresh memory would take longer than all
+        the rest."""
+        inputs = self._float(crops, out if out is None else out.permute(0, 2, 3, 1))
         if self.colour != "off":
             shifts = torch.from_numpy(factors).to(self.device) * NOISE @ self.components  # one a picture
             inputs.flatten(2).add_(shifts.repeat(1, self.size)[:, None, :])
@@ -100,10 +102,11 @@ class Augment:
         crop = images[:, top : top + self.size, left : left + self.size]
         return self._float(crop.flip(2) if mirrored else crop).permute(0, 3, 1, 2)
 
-    def _float(self, crops: Tensor) -> Tensor:
+    def _float(self, crops: Tensor, out: Tensor | None = None) -> Tensor:
         if crops.shape[3] == 1:
-            return crops - self.mean  # one channel becomes three
-        return crops.float().sub_(self.mean)  # half the time of one subtraction of two types
+            return torch.sub(crops, self.mean, out=out)  # one channel becomes three
+        inputs = crops.float() if out is None else out.copy_(crops)
+        return inputs.sub_(self.mean)  # half the time of one subtraction of two types
 
 
 def random_crops(images: Tensor, samples: np.ndarray, crops: Crops) -> Tensor:

@@ -125,6 +125,19 @@ def test_mean_images_centre_is_subtracted_from_every_crop():
     assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), images[:, 4:68, 4:68] - channel.astype(np.float32))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inputs_may_take_the_memory_of_earlier_ones(channels):
+    crops = torch.from_numpy(pictures(16, (64, 64, 3))[..., :channels].copy())
+    tables = epoch_tables(0, 0, 16, 0)
+    augment = Augment(64, np.full((64, 64, channels), 9.0), colour="2012", pca=PCA)
+    first = augment.train(crops[:8], tables.colour[:8])
+    fresh = augment.train(crops[8:], tables.colour[8:])
+    again = augment.train(crops[8:], tables.colour[8:], out=first)
+    assert again.data_ptr() == first.data_ptr()
+    assert torch.equal(again, fresh)
+    assert again.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_grey_pictures_become_three_equal_channels():
     images = pictures(5, (72, 72))[..., None]
     mean = np.full((72, 72, 1), 7.0)

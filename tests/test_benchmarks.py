@@ -1,6 +1,7 @@
 """benchmarks/: each runs, small, and what it says of its contenders and limits is right."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 
@@ -97,6 +98,7 @@ def test_lrn(capsys):
     assert "kernels.py, C                                -  skipped: not here" in text
 
 
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
 def test_loader(capsys, monkeypatch):
     """All but training; a peer that is not installed is named."""
     times = {"median_ms": 2.0, "quartiles_ms": [1.0, 3.0], "n": 3}
@@ -105,7 +107,7 @@ def test_loader(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     loader.main(["--count", "100", "--batch", "16", "--repeats", "3"])
     text = capsys.readouterr().out
-    assert text.count("skipped: webdataset is not installed (benchmarks/requirements.txt)") == 4
+    assert len(re.findall(r"skipped: .*webdataset.*; benchmarks/requirements.txt brings it", text)) == 4
     assert text.count("this, JPEG records") == text.count("ImageFolder + v2, decode_jpeg") == 2
     assert "2.0 ms a step, 2.0 ms on one fixed batch: +0.0%" in text
 
@@ -125,7 +127,7 @@ def test_the_loaders_peers_get_the_same_bytes(tmp_path):
 
 def test_training_from_a_store_and_on_one_batch(store):
     measured = loader.training(store, 64, 16, 4)
-    assert {kind: entry["n"] for kind, entry in measured.items()} == {"store": 6, "fixed": 6}
+    assert {kind: entry["n"] for kind, entry in measured.items()} == {"store": 4, "fixed": 4}
 
 
 def test_packing(capsys, tmp_path):
