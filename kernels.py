@@ -32,46 +32,55 @@ except ImportError:  # torch's builds for a CPU come without
 SOURCE = Path(__file__).with_name("kernels.c")
 CHANNELS = 1024  # a tile of 256 pixels of so many lies on the stack of its thread: 1 MB
 SAME = 1e-4  # of the largest number: how far a fast LRN may be from the plain one when it is first used
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FAST_LRN = {"cpu": "compiled from kernels.c", "cuda": "in Triton"}
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 TILE_PIXELS, TILE_CHANNELS = 64, 32  # what one Triton program works on
 
 
 def accelerate(net: nn.Module, *, gpu_kernels: bool = False, say=print) -> nn.Module:
-    """Put the fast parts into a net, in place, and return it: each LocalResponseNorm of model.py and each nn.Linear in
-    it is replaced by a module with the same parameters (but without hooks that were put on it). gpu_kernels: use the
-    Triton LRN, too, on a GPU. say: called with one line that tells what was chosen and why. The fast parts can be
-    differentiated once."""
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    """Put the fast parts for the device that a net is on into it, in place, and return it: each LocalResponseNorm of
+    model.py and each nn.Linear in it is replaced by a module with the same parameters (but without hooks that were put
+    on it). gpu_kernels: use the Triton LRN, too, on a GPU. say: called with one line that tells what was chosen and
+    why. The fast parts can be differentiated once."""
+    device = next((p.device for p in net.parameters()), torch.device("cpu")).type
+    lrn_trouble, linear_trouble = trouble_with_lrn(device, gpu_kernels), trouble_with_linear(device)
+    chosen = {}
     for parent in list(net.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is LocalResponseNorm:
-                setattr(parent, name, FastLRN(layer, gpu_kernels))
-            elif type(layer) is nn.Linear:
+            if isinstance(layer, LocalResponseNorm):
+                chosen["LRN"] = f"of model.py ({lrn_trouble})" if lrn_trouble else FAST_LRN[device]
+            elif isinstance(layer, nn.Linear):
+                chosen["dense layers"] = f"of torch ({linear_trouble})" if linear_trouble else "by oneDNN"
+            if type(layer) is LocalResponseNorm and not lrn_trouble:
+                setattr(parent, name, FastLRN(layer, device))
+            elif type(layer) is nn.Linear and not linear_trouble:
                 setattr(parent, name, FastLinear(layer))
-    say(choice(device, gpu_kernels))
+    line = ", ".join(f"{what} {how}" for what, how in chosen.items()) or "nothing to accelerate"
+    say(f"{line} (in float32)" if device == "cpu" and chosen else line)
     return net
 
 
-def choice(device: torch.device, gpu_kernels: bool) -> str:
-    """What accelerate chooses for nets on a device, in words."""
-    if device.type == "cpu":
-        reason = library()[1]
-        lrn = f"LRN of model.py ({reason})" if reason else "LRN compiled from kernels.c"
-        return f"{lrn}, dense layers by {'oneDNN' if onednn() else 'torch (it has no oneDNN)'}"
-    if device.type == "cuda" and gpu_kernels:
-        reason = triton_trouble()
-        return f"LRN of model.py ({reason})" if reason else "LRN in Triton"
-    return "LRN of model.py (the Triton kernels have not been tested on a GPU; they are used when asked for)"
+def trouble_with_lrn(device: str, gpu_kernels: bool) -> str:
+    """Why there is no fast LRN on a device, "cpu" or "cuda"; "" if there is one."""
+    if device == "cpu":
+        return library()[1]
+    if device == "cuda":
+        return triton_trouble() if gpu_kernels else "the Triton one has run on no GPU yet and has to be asked for"
+    return "there is a fast one for CPUs and CUDA only"
+
+
+def trouble_with_linear(device: str) -> str:
+    if device != "cpu":
+        return "as fast there"
+    return "" if onednn() else "it has no oneDNN"
 
 
 class FastLRN(LocalResponseNorm):
-    """model.LocalResponseNorm, by kernels.c or Triton where they can."""
+    """model.LocalResponseNorm, by kernels.c on a CPU or Triton on a GPU where they can."""
 
-    def __init__(self, plain: LocalResponseNorm, gpu_kernels: bool = False):
+    def __init__(self, plain: LocalResponseNorm, device: str = "cpu"):
         super().__init__(plain.columns, plain.size, plain.alpha, plain.beta, plain.k)
-        self.training = plain.training
-        # Asked here, not in forward, which torch.compile traces.
-        self.on_cpu, self.on_gpu = not library()[1], gpu_kernels and not triton_trouble()
+        self.training, self.device, self.dtypes = plain.training, device, DTYPES[device]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fits(x):
@@ -84,9 +93,7 @@ class FastLRN(LocalResponseNorm):
             return False
         if x.shape[1] % self.columns or x.shape[1] > CHANNELS or _layout(x) is None:
             return False
-        if x.device.type == "cpu":
-            return self.on_cpu and x.dtype == torch.float32
-        return self.on_gpu and x.device.type == "cuda" and x.dtype in GPU_DTYPES
+        return x.device.type == self.device and x.dtype in self.dtypes
 
 
 class FastLinear(nn.Linear):
@@ -94,11 +101,11 @@ class FastLinear(nn.Linear):
 
     def __init__(self, plain: nn.Linear):
         super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta")
-        self.weight, self.bias, self.training, self.on_cpu = plain.weight, plain.bias, plain.training, onednn()
+        self.weight, self.bias, self.training = plain.weight, plain.bias, plain.training
 
     def forward(self, x: Tensor) -> Tensor:
         fast = (
-            self.on_cpu and x.device.type == "cpu" and x.ndim == 2 and x.numel() and self.bias is not None
+            x.device.type == "cpu" and x.ndim == 2 and x.numel() and self.bias is not None
             and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         )
         return dense(x, self.weight, self.bias) if fast else super().forward(x)

@@ -191,7 +191,7 @@ class Dropout(nn.Module):
     def _mask(self, x: Tensor) -> Tensor:
         if self.p != 0.5 or x.device.type != "cpu":
             return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p)
-        # One bit of a random byte is a fair coin, and on a CPU costs a thirtieth of bernoulli_.
+        # One bit of a random byte is a fair coin, and on a CPU costs a twentieth of bernoulli_.
         words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_()
         return (words.view(torch.uint8)[: x.numel()] & 1).view(torch.bool).view(x.shape)
 

@@ -42,8 +42,8 @@ def pick_device(name: str) -> torch.device:
 
 def settle_arithmetic() -> None:
     """float32 is float32 on a GPU, too: torch's convolutions would take TF32 there."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def huge_pages() -> None:

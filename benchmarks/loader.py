@@ -4,9 +4,10 @@
 
 256 x 256 pictures are packed into stores, raw and JPEG: made ones with the spectrum of photographs, or with --pictures
 your own, over and over until there are --count. The peers get the very JPEG bytes of the store, as an ImageFolder tree
-and as a webdataset shard. All of them shuffle, crop 224 x 224 at random,
-mirror half of the pictures, and give batches of the same kind: uint8, or float32 with the mean subtracted. The limit of
-a raw store is a memory map of bare pixels, cropped row by row; that of a JPEG store its decoder alone.
+and as a webdataset shard. All of them shuffle, crop 224 x 224 at random, mirror half of the pictures, and give batches:
+uint8, or float32 with the mean subtracted; ours have the channels last, the peers' have them first, as the nets on
+either side take them. The limit of a raw store is a memory map of bare pixels, cropped row by row; that of a JPEG store
+its decoder alone.
 
 Then, on all cores: batches of 64-pixel crops from a resident store, and how much slower training is from a store than
 on one batch that never changes. Everything is read before it is timed, so the disk's own speed plays no part.
@@ -40,7 +41,7 @@ from model import AlexNet
 from recipe import make_optimizer
 from train import train_step
 
-STORED, CROP, CLASSES = 256, 224, 10
+STORED, CROP, CLASSES = 256, 224, 1000
 CPU = torch.device("cpu")
 RAW, JPEG = "this, raw records", "this, JPEG records"
 FOLDER, WEB = "ImageFolder + v2", "webdataset + v2"
@@ -49,7 +50,6 @@ DECODERS = {"PIL": False, "decode_jpeg": True}  # torchvision's decoder gives te
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    utils.huge_pages()
     count = args.count // args.batch * args.batch  # whole batches
     result = {"pictures": count, "batch": args.batch, **utils.environment(CPU)}
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
@@ -180,7 +180,8 @@ def image_folder(folder: Path, batch: int, transforms, tensors: bool):
 
     more = {"loader": lambda path: decode_jpeg(read_file(path))} if tensors else {}
     dataset = ImageFolder(str(folder / "tree"), transforms, **more)
-    return lambda: exhaust(DataLoader(dataset, batch, shuffle=True))
+    batches = DataLoader(dataset, batch, shuffle=True)
+    return lambda: exhaust(batches)
 
 
 def web_dataset(folder: Path, batch: int, transforms, tensors: bool):
@@ -190,13 +191,13 @@ def web_dataset(folder: Path, batch: int, transforms, tensors: bool):
     def decode(coded: bytes):
         return decode_jpeg(torch.frombuffer(bytearray(coded), dtype=torch.uint8))
 
-    def read() -> None:
-        dataset = webdataset.WebDataset(str(folder / "shard.tar"), shardshuffle=False).shuffle(1000)
-        dataset = dataset.to_tuple("jpg", "cls").map_tuple(decode, int) if tensors else (
-            dataset.decode("pil").to_tuple("jpg", "cls"))
-        exhaust(webdataset.WebLoader(dataset.map_tuple(transforms, lambda label: label), batch_size=batch))
-
-    return read
+    dataset = webdataset.WebDataset(str(folder / "shard.tar"), shardshuffle=False).shuffle(1000)
+    if tensors:
+        dataset = dataset.to_tuple("jpg", "cls").map_tuple(decode, int)
+    else:
+        dataset = dataset.decode("pil").to_tuple("jpg", "cls")
+    batches = webdataset.WebLoader(dataset.map_tuple(transforms, int), batch_size=batch)
+    return lambda: exhaust(batches)
 
 
 def exhaust(batches) -> None:
@@ -315,4 +316,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    utils.huge_pages()
     run_script(main)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import utils
 from benchmarks.timing import copy_rate, interleaved, milliseconds, pictures
 from data.cli import Parser, run_script, whole
-from kernels import FastLRN
+from kernels import FastLRN, trouble_with_lrn
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet, LocalResponseNorm
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -25,7 +25,6 @@ TORCHS = "F.local_response_norm"
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    utils.huge_pages()
     device = utils.pick_device(args.device)
     result = {"shape": [args.batch, 96, 55, 55], "dtype": args.dtype, **utils.environment(device), "layouts": {}}
     x = activations(args.batch).to(device, getattr(torch, args.dtype))
@@ -44,11 +43,12 @@ def torch_lrn(x):
 
 def contenders(inputs: torch.Tensor) -> dict:
     """Functions of the input by name; None where one can't run here."""
-    fast = FastLRN(LocalResponseNorm(), gpu_kernels=True)
+    device = inputs.device.type
+    fast = None if trouble_with_lrn(device, True) else FastLRN(LocalResponseNorm(), device)
     kernel = "kernels.py, Triton" if inputs.is_cuda else "kernels.py, C"
     return {
         TORCHS: torch_lrn, f"{TORCHS}, torch.compile": torch.compile(torch_lrn),
-        "model.LocalResponseNorm": LocalResponseNorm(), kernel: fast if fast.fits(inputs) else None,
+        "model.LocalResponseNorm": LocalResponseNorm(), kernel: fast if fast and fast.fits(inputs) else None,
     }
 
 
@@ -64,6 +64,9 @@ def race(functions: dict, inputs: torch.Tensor, repeats: int) -> dict:
     """Times of forward + backward; a function that fails at its first call is named with the reason."""
     grad, calls, found = torch.randn_like(inputs), {}, {}
     for name, function in functions.items():
+        if function is None:
+            found[name] = {"skipped": "not for this machine and dtype"}
+            continue
 
         def call(function=function):
             inputs.grad = None
@@ -72,8 +75,8 @@ def race(functions: dict, inputs: torch.Tensor, repeats: int) -> dict:
         try:
             call()
             calls[name] = call
-        except Exception as error:  # no compiler, no Triton: the others go on
-            found[name] = {"skipped": f"{type(error).__name__}: {utils.one_line(error)}" if function else "not here"}
+        except Exception as error:  # no compiler, not for this dtype: the others go on
+            found[name] = {"skipped": f"{type(error).__name__}: {utils.one_line(error)}"}
     times = interleaved(calls, repeats, inputs.device)
     return {name: found.get(name) or milliseconds(times[name]) for name in functions}
 
@@ -113,4 +116,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    utils.huge_pages()
     run_script(main)

@@ -1,11 +1,13 @@
 """How fast is a training step (forward, loss, backward, update)? Against what people run instead, in one run:
 
-    python -m benchmarks.step [--size 224] [--batch 64] [--precision fp32|bf16] [--repeats 9] [--device auto] [--json]
+    python -m benchmarks.step [--size 224] [--batch 64] [--classes 1000] [--precision fp32|bf16] [--repeats 9]
+        [--only WORD ...] [--device auto] [--json]
 
 The usual module has the same layers as AlexNet() with torch's parts: conv, ReLU, nn.LocalResponseNorm, max-pool,
-nn.Dropout, torch.optim.SGD. Every contender is a process of its own, set up as its users would run it; they take turns,
-a step each, after three steps of warm-up. Pictures are those of the bundled sample. Memory is the most that a step
-takes beyond what Python and torch's code take. The limit is the step's multiply-adds in convolutions and dense layers
+nn.Dropout, torch.optim.SGD. Every contender is a process of its own, set up as its users would run it (on a GPU the
+peers keep torch's TF32 in fp32 convolutions, this repository has none); they take turns, a step each, after three steps
+of warm-up. Pictures are those of the bundled sample. Memory is the most that a step takes beyond what the process held
+before it made its net. The limit is the step's multiply-adds in convolutions and dense layers
 over the rate of one large matrix product.
 """
 
@@ -14,34 +16,48 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import utils
 from benchmarks.timing import milliseconds, pictures, product_rate, wait
+from data import UserError
 from data.cli import Parser, run_script, whole
 from kernels import accelerate
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet
 from recipe import make_optimizer
 from train import train_step
 
-# name: (net, torch.compile, pages of 2 MB)
+
+class Contender(NamedTuple):
+    net: str
+    compiled: bool = False
+    channels_last: bool = False
+    huge_pages: bool = False  # a matter of CPUs
+    only: str = ""  # the kind of device that it is for
+
+
 CONTENDERS = {
-    "usual module": ("usual", False, False),
-    "usual module, torch.compile": ("usual", True, False),
-    "usual module, huge pages": ("usual", False, True),
-    "torchvision's alexnet (another net)": ("torchvision", False, False),
-    "this, --kernels off": ("plain", False, True),
-    "this": ("fast", False, True),
-    "this, --compile": ("fast", True, True),
+    "usual module": Contender("usual"),
+    "usual module, torch.compile": Contender("usual", compiled=True),
+    "usual module, channels_last": Contender("usual", channels_last=True),
+    "usual module, channels_last, torch.compile": Contender("usual", compiled=True, channels_last=True),
+    "usual module, huge pages": Contender("usual", huge_pages=True, only="cpu"),
+    "torchvision's alexnet (another net)": Contender("torchvision"),
+    "this, --kernels off": Contender("plain", channels_last=True, huge_pages=True),
+    "this": Contender("fast", channels_last=True, huge_pages=True),
+    "this, --compile": Contender("fast", compiled=True, channels_last=True, huge_pages=True),
+    "this, --kernels on": Contender("triton", channels_last=True, only="cuda"),
+    "this, --kernels on --compile": Contender("triton", compiled=True, channels_last=True, only="cuda"),
 }
 USUAL, COMPILED = "usual module", "usual module, torch.compile"
 PARTS = {  # what a profile's operators are part of, by a piece of their names
     "convolutions": ("convolution", "conv2d"), "dense layers": ("addmm", "::mm", "linear", "dense"),
     "max-pools": ("max_pool",), "ReLU": ("threshold", "clamp_min", "relu"), "dropout's masks": ("bernoulli", "random_"),
-    "update": ("sgd", "SGD"),
-    # The usual LRN is made of these; dropout's product with its mask, which is small, comes along.
+    "update": ("sgd", "SGD", "::mul_"),
+    # The usual LRN is made of these; dropout's product with its mask, a few ms at most, comes along.
     "LRN": ("lrn", "LRN", "avg_pool3d", "AvgPool3D", "pow", "Pow", "::div", "DivB", "::mul", "MulB", "neg"),
 }
 
@@ -49,11 +65,16 @@ PARTS = {  # what a profile's operators are part of, by a piece of their names
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
-    names = [name for name in CONTENDERS if not args.only or any(part in name for part in args.only)]
+    names = [
+        name for name, contender in CONTENDERS.items()
+        if contender.only in ("", device.type) and (not args.only or any(word in name for word in args.only))
+    ]
+    if not names:
+        raise UserError(f"--only {' '.join(args.only)}: no contender has that in its name")
     result = {"size": args.size, "batch": args.batch, "precision": args.precision, **utils.environment(device)}
     result["contenders"] = race(names, args, device)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    result["flops"] = step_flops(args.size, args.batch)
+    result["flops"] = step_flops(args.size, args.batch, args.classes)
     result["product_rate"] = product_rate(device, dtype)
     print(json.dumps(result) if args.json else report(result))
     return 0
@@ -63,7 +84,7 @@ def race(names: list[str], args, device: torch.device) -> dict:
     """Each contender's times, memory in MB and parts, or why it did not run."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for name in names:  # one after the other: they would disturb each other's warm-up
+    for name in names:
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=contend, args=(theirs, name, args, device), daemon=True))
         processes[-1].start()
@@ -71,7 +92,7 @@ def race(names: list[str], args, device: torch.device) -> dict:
     found = {name: {"seconds": []} for name in names}
     order = ["warm up", *["step"] * args.repeats, "describe"]
     for word in order:
-        for name in names:
+        for name in names:  # one after the other: nobody computes while another one does
             if "skipped" in found[name]:
                 continue
             try:
@@ -92,10 +113,11 @@ def race(names: list[str], args, device: torch.device) -> dict:
 
 def contend(connection, name: str, args, device: torch.device) -> None:
     """A contender's process: does what it is told, and answers None, seconds, a description, or in words why not."""
-    kind, compiled, huge = CONTENDERS[name]
-    if huge:
+    contender = CONTENDERS[name]
+    if contender.huge_pages:
         utils.huge_pages()
-    utils.settle_arithmetic()
+    if contender.net in ("plain", "fast", "triton"):
+        utils.settle_arithmetic()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     step = None
@@ -103,8 +125,9 @@ def contend(connection, name: str, args, device: torch.device) -> None:
         word = connection.recv()
         try:
             if word == "warm up":
+                import_what(contender)
                 before = resident(device)
-                step = make_step(kind, compiled, args, device)
+                step = make_step(contender, args, device)
                 for _ in range(3):
                     step()
                 connection.send(None)
@@ -112,35 +135,46 @@ def contend(connection, name: str, args, device: torch.device) -> None:
                 connection.send(timed(step, device))
             else:
                 memory = peak(step, before, device)
-                connection.send({"memory_mb": memory, "parts_ms": None if compiled else parts(step, device)})
+                connection.send({"memory_mb": memory, "parts_ms": None if contender.compiled else parts(step, device)})
                 return
         except Exception as error:  # a peer that is not installed or can't run here is named, the others go on
             connection.send(f"{type(error).__name__}: {utils.one_line(error)}")
             return
 
 
-def make_step(kind: str, compiled: bool, args, device: torch.device):
+def import_what(contender: Contender) -> None:
+    """Import what the step will, so that its code does not count as the step's memory."""
+    if contender.net == "torchvision":
+        import torchvision.models  # noqa: F401
+    if contender.compiled:
+        import torch._inductor.compile_fx  # noqa: F401
+
+
+def make_step(contender: Contender, args, device: torch.device):
     """A training step as a function without arguments."""
     torch.manual_seed(0)
-    images = pictures(args.batch, args.size).to(device)
+    layout = torch.channels_last if contender.channels_last else torch.contiguous_format
+    images = pictures(args.batch, args.size).to(device).contiguous(memory_format=layout)
     labels = torch.arange(args.batch, device=device) % args.classes
-    if kind in ("usual", "torchvision"):
-        net = usual_module(args.size, args.classes)
-        if kind == "torchvision":
-            from torchvision.models import alexnet
-
-            net = alexnet(num_classes=args.classes)
-        net.to(device)
+    net = make_net(contender.net, args.size, args.classes).to(device, memory_format=layout).train()
+    if contender.net in ("usual", "torchvision"):
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
     else:
-        net = AlexNet(args.classes, image_size=args.size).to(device, memory_format=torch.channels_last)
-        if kind == "fast":
-            accelerate(net, gpu_kernels=True, say=lambda _: None)
-        images = images.contiguous(memory_format=torch.channels_last)
         optimizer = make_optimizer(net, recipe="2012", lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    net.train()
-    model = torch.compile(net) if compiled else net
+    if contender.net in ("fast", "triton"):
+        accelerate(net, gpu_kernels=contender.net == "triton", say=lambda _: None)
+    model = torch.compile(net) if contender.compiled else net
     return lambda: train_step(model, optimizer, images, labels, args.precision)
+
+
+def make_net(kind: str, size: int, classes: int) -> nn.Module:
+    if kind == "usual":
+        return usual_module(size, classes)
+    if kind == "torchvision":
+        from torchvision.models import alexnet
+
+        return alexnet(num_classes=classes)
+    return AlexNet(classes, image_size=size)
 
 
 def usual_module(size: int, classes: int) -> nn.Module:
@@ -203,17 +237,19 @@ def parts(step, device: torch.device) -> dict[str, float]:
             profile.step()
     spent = dict.fromkeys([*PARTS, "everything else"], 0.0)
     for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a GPU's kernels are listed once more under the operators that start them
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         part = next((p for p, words in PARTS.items() if any(word in event.key for word in words)), "everything else")
         spent[part] += own / 1000 / 3
     return spent
 
 
-def step_flops(size: int, batch: int) -> int:
+def step_flops(size: int, batch: int, classes: int) -> int:
     """Two for each multiply-add of the net's convolutions and dense layers, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = AlexNet(image_size=size, lrn=False, dropout=0).to("meta")
+    net = AlexNet(classes, image_size=size, lrn=False, dropout=0).to("meta")
     with FlopCounterMode(display=False) as counter:
         net(torch.empty(batch, 3, size, size, device="meta")).sum().backward()
     return counter.get_total_flops()
@@ -225,17 +261,17 @@ def report(result: dict) -> str:
     lines = [
         f"training step, {batch} x 3 x {result['size']} x {result['size']}, {result['precision']}, {result['device']}, "
         f"{result['threads']} threads, torch {result['torch']}",
-        f"{'':<36}{'ms':>8}{'quartiles':>16}{'images/s':>10}{'x usual':>9}{'x compiled':>12}{'MB':>7}{'of limit':>10}",
+        f"{'':<44}{'ms':>8}{'quartiles':>16}{'images/s':>10}{'x usual':>9}{'x compiled':>12}{'MB':>7}{'of limit':>10}",
     ]
     for name, entry in found.items():
         if "skipped" in entry:
-            lines.append(f"{name:<36}{'-':>8}  skipped: {entry['skipped']}")
+            lines.append(f"{name:<44}{'-':>8}  skipped: {entry['skipped']}")
             continue
         median, (low, high) = entry["median_ms"], entry["quartiles_ms"]
         times = [f"{found[p]['median_ms'] / median:.2f}" if found.get(p, {}).get("median_ms") else "-"
                  for p in (USUAL, COMPILED)]
         lines.append(
-            f"{name:<36}{median:>8.1f}{f'{low:.1f}..{high:.1f}':>16}{1000 * batch / median:>10.0f}{times[0]:>9}"
+            f"{name:<44}{median:>8.1f}{f'{low:.1f}..{high:.1f}':>16}{1000 * batch / median:>10.0f}{times[0]:>9}"
             f"{times[1]:>12}{entry['memory_mb']:>7.0f}{limit / median:>10.0%}"
         )
     rate = result["product_rate"] / 1e9

@@ -80,8 +80,8 @@ class Augment:
         the rest."""
         inputs = self._float(crops, out if out is None else out.permute(0, 2, 3, 1))
         if self.colour != "off":
-            shifts = torch.from_numpy(factors).to(self.device) * NOISE @ self.components  # one a picture
-            inputs.flatten(2).add_(shifts.repeat(1, self.size)[:, None, :])
+            shifts = upload(factors, self.device) * NOISE @ self.components  # one a picture
+            inputs.view(len(inputs), self.size, -1).add_(shifts.repeat(1, self.size)[:, None, :])
             if self.colour == "2012":
                 inputs /= 1 + NOISE  # keeps the pictures' scale (2012 code)
         return inputs.permute(0, 3, 1, 2)
@@ -109,6 +109,11 @@ class Augment:
         return inputs.sub_(self.mean)  # half the time of one subtraction of two types
 
 
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device, without waiting for what the device is doing."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 def random_crops(images: Tensor, samples: np.ndarray, crops: Crops) -> Tensor:
     """Crops (n, S, S, C) of the pictures images[samples], of (N, H, W, C). No loop over pictures: `windows`
     has the square that starts at each byte, overlapping and without a copy, and the crops are a choice of them."""
@@ -119,9 +124,9 @@ def random_crops(images: Tensor, samples: np.ndarray, crops: Crops) -> Tensor:
     starts = samples * height * row + crops.offsets @ np.array([row, channels])
 
     def cut(which: np.ndarray) -> Tensor:
-        chosen = windows.index_select(0, torch.from_numpy(starts[which]).to(images.device))
+        chosen = windows.index_select(0, upload(starts[which], images.device))
         return chosen.view(-1, crops.size, crops.size, channels)
 
     straight, mirrored = np.flatnonzero(~crops.mirror), np.flatnonzero(crops.mirror)
-    places = torch.from_numpy(np.argsort(np.concatenate([straight, mirrored]))).to(images.device)
+    places = upload(np.argsort(np.concatenate([straight, mirrored])), images.device)
     return torch.cat([cut(straight), cut(mirrored).flip(2)]).index_select(0, places)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data import UserError
-from data.augment import EpochTables, random_crops
+from data.augment import EpochTables, random_crops, upload
 from data.store import Crops, Records, Store
 
 RESIDENT_BYTES = 1_000_000_000  # a split of at most this size is kept on the device, whole
@@ -49,7 +49,7 @@ class Loader:
         their crops of `size` pixels, mirrored. Raises UserError at a damaged record."""
         if self.resident:
             for batch in indices:
-                where = torch.from_numpy(batch).to(self.device)
+                where = upload(batch, self.device)
                 crops = _crops(tables, batch, size)
                 images = random_crops(self.images, batch, crops) if crops else self.images.index_select(0, where)
                 yield images, self.labels.index_select(0, where)

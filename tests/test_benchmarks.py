@@ -3,14 +3,17 @@
 import json
 import re
 import sys
+import tarfile
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import loader, lrn, pack, step
 from benchmarks.timing import interleaved, milliseconds
+from data import UserError
 from data.store import open_record
 from model import AlexNet
 
@@ -64,15 +67,27 @@ def test_a_contender_that_cannot_run_says_why(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["usual", "torchvision", "plain", "fast"])
 def test_every_kind_of_step_trains(kind, monkeypatch):
-    """Its weights move, and the usual module has the weights of the paper's table."""
-    monkeypatch.setattr(step, "train_step", lambda net, *_: nets.append(net))
-    nets = []
-    step.make_step(kind, False, Namespace(size=64, batch=2, classes=10, precision="fp32"), CPU)()
-    (net,) = nets
-    assert net.training
+    """All its weights move, and the usual module has the weights of the paper's table."""
+    make, nets = step.make_net, []
+    monkeypatch.setattr(step, "make_net", lambda *a: nets.append(make(*a)) or nets[0])
+    train = step.make_step(step.Contender(kind), Namespace(size=64, batch=4, classes=4, precision="fp32"), CPU)
+    before = [p.detach().clone() for p in nets[0].parameters()]
+    train()
+    assert nets[0].training
+    assert not any(torch.equal(old, new) for old, new in zip(before, nets[0].parameters(), strict=True))
     if kind == "usual":
-        shapes = [tuple(p.shape) for p in net.parameters()]
-        assert shapes == [tuple(p.shape) for p in AlexNet(10, image_size=64).parameters()]
+        assert [p.shape for p in before] == [p.shape for p in AlexNet(4, image_size=64).parameters()]
+
+
+def test_who_takes_part(monkeypatch):
+    """What is for GPUs only stays away from a CPU; a word that no name holds is an error."""
+    asked = []
+    monkeypatch.setattr(step, "race", lambda names, *_: asked.extend(names) or {})
+    monkeypatch.setattr(step, "product_rate", lambda *_: 1.0)
+    step.main(["--size", "64", "--batch", "2", "--device", "cpu", "--json"])
+    assert asked == [name for name, contender in step.CONTENDERS.items() if contender.only != "cuda"]
+    with pytest.raises(UserError, match="no contender has that in its name"):
+        step.main(["--only", "caffe", "--device", "cpu"])
 
 
 def test_the_operations_of_a_step_are_counted_as_by_hand():
@@ -80,7 +95,7 @@ def test_the_operations_of_a_step_are_counted_as_by_hand():
     sides = {"conv1": 55, "conv2": 27, "conv3": 13, "conv4": 13, "conv5": 13, "fc6": 1, "fc7": 1, "fc8": 1}
     net = AlexNet()
     products = {name: getattr(net, name).weight.numel() * side**2 for name, side in sides.items()}
-    assert step.step_flops(224, 3) == 3 * 2 * (3 * sum(products.values()) - products["conv1"])
+    assert step.step_flops(224, 3, 1000) == 3 * 2 * (3 * sum(products.values()) - products["conv1"])
 
 
 def test_lrn(capsys):
@@ -95,7 +110,7 @@ def test_lrn(capsys):
     lrn.main(["--batch", "2", "--repeats", "3", "--device", "cpu", "--dtype", "bfloat16"])
     text = capsys.readouterr().out
     assert "skipped: NotImplementedError" in text  # torch's has no bfloat16 here
-    assert "kernels.py, C                                -  skipped: not here" in text
+    assert "kernels.py, C                                -  skipped: not for this machine and dtype" in text
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
@@ -118,11 +133,23 @@ def test_the_loaders_peers_get_the_same_bytes(tmp_path):
     coded = []
     records._each(np.arange(12), lambda row, value: coded.append(bytes(open_record(value, check=True)[0])))
     assert [file.read_bytes() for file in files] == coded
+    with tarfile.open(tmp_path / "shard.tar") as shard:
+        names = [f"{number:06d}.{ending}" for number in range(12) for ending in ("jpg", "cls")]
+        assert shard.getnames() == names
+        assert [shard.extractfile(name).read() for name in names[::2]] == coded
     assert loader.kilobytes(tmp_path) == pytest.approx(np.mean([len(one) for one in coded]) / 1000)
     again = loader.squares(str(tmp_path / "tree"), 15)  # of a folder, over and over
     assert again.shape == (15, 256, 256, 3)
     assert np.array_equal(again[:3], again[12:])
     assert np.array_equal(stores["raw"].split("train").read(np.arange(12))[0], np.load(tmp_path / "pixels.npy"))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_the_loaders_peers_make_the_same_kind_of_crops(kind, store):
+    picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    for tensors, given in ((True, torch.from_numpy(picture).permute(2, 0, 1)), (False, Image.fromarray(picture))):
+        crop = loader.transform(store, kind, tensors)(given)
+        assert (tuple(crop.shape), crop.dtype) == ((3, 224, 224), getattr(torch, kind))
 
 
 def test_training_from_a_store_and_on_one_batch(store):

@@ -244,10 +244,23 @@ def test_without_a_compiler_lrn_is_the_plain_one(no_library, compiler, reason):
     no_library.setenv("CC", compiler)
     lines = []
     net = accelerate(AlexNet(4, image_size=64), say=lines.append)
-    assert lines == [f"LRN of model.py ({reason}), dense layers by oneDNN"]
-    x = numbers_like((1, 96, 3, 3))
-    assert not net.norm1.fits(x)
-    assert torch.equal(net.norm1(x), LocalResponseNorm()(x))
+    assert lines == [f"LRN of model.py ({reason}), dense layers by oneDNN (in float32)"]
+    assert type(net.norm1) is type(net.norm2) is LocalResponseNorm
+    assert type(net.fc6) is FastLinear
+
+
+def test_it_says_what_it_chose():
+    def said(net):
+        lines = []
+        accelerate(net, say=lines.append)
+        return lines
+
+    assert said(AlexNet(4, image_size=64)) == ["LRN compiled from kernels.c, dense layers by oneDNN (in float32)"]
+    assert said(AlexNet(4, image_size=64, lrn=False)) == ["dense layers by oneDNN (in float32)"]
+    assert said(nn.Sequential(nn.ReLU())) == ["nothing to accelerate"]
+    why = "the Triton one has run on no GPU yet and has to be asked for"
+    assert said(AlexNet(4, image_size=64).to("meta"))[0].startswith("LRN of model.py (there is a fast one for CPUs")
+    assert (kernels.trouble_with_lrn("cuda", False), kernels.trouble_with_linear("cuda")) == (why, "as fast there")
 
 
 def test_a_library_that_computes_something_else_is_not_used(no_library, tmp_path):
@@ -277,12 +290,12 @@ def test_the_triton_kernels_compile_for_an_h100(name, dtype, one):
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(kernels, name)
-    tensors, constants = ("a", "b", "g", "grad"), {"P": 32, "C": 32, one: 1}
+    tensors, constants = ("a", "b", "g", "grad"), {"P": 64, "C": 32, one: 1}
     kinds = {n: "*" + dtype if n in tensors else "fp32" if n in ("scale", "k") else "i32" for n in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assert built.asm["cubin"]
-    assert built.asm["ptx"].count("ld.global") <= (5 if "forward" in name else 14) * 32 * 32 // 128
+    assert built.asm["ptx"].count("ld.global") <= (5 if "forward" in name else 14) * 64 * 32 // 128
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -290,7 +303,7 @@ def test_lrn_on_a_gpu():
     close = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
     for (shape, columns), layout, dtype in itertools.product(SHAPES, LAYOUTS.values(), close):
         x, g = (numbers_like(shape, layout, dtype).cuda() for _ in range(2))
-        fast = FastLRN(LocalResponseNorm(columns, alpha=1.0), gpu_kernels=True)
+        fast = FastLRN(LocalResponseNorm(columns, alpha=1.0), "cuda")
         assert fast.fits(x.requires_grad_())
         exact = x.detach().double().requires_grad_()
         got, expected = fast(x), LocalResponseNorm(columns, alpha=1.0)(exact)
@@ -298,3 +311,16 @@ def test_lrn_on_a_gpu():
         pairs.append((torch.autograd.grad(got, x, g)[0], torch.autograd.grad(expected, exact, g.double())[0]))
         for one, right in pairs:
             assert (one - right).abs().max() <= close[dtype] * right.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_on_a_gpu_never_wait_for_it(store):
+    """From resident pictures to the update; the first step may."""
+    loader, inputs = Loader(store, "train", "cuda"), Augment(64, store.mean, device="cuda")
+    net = accelerate(AlexNet(4, image_size=64).cuda().to(memory_format=torch.channels_last), say=silent)
+    optimizer = make_optimizer(net, recipe="2012", lr=0.001, momentum=0.9, weight_decay=5e-4)
+    tables, pictures = epoch_tables(0, 0, 96, 8), None
+    for step, (crops, labels) in enumerate(loader.batches([tables.order[:32]] * 3, tables, 64)):
+        pictures = inputs.train(crops, tables.colour[tables.order[:32]], out=pictures)
+        train.train_step(net, optimizer, pictures, labels, "bf16")
+        torch.cuda.set_sync_debug_mode("error" if step < 2 else "default")

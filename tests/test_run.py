@@ -40,6 +40,7 @@ def test_what_a_run_leaves_behind(store, run_folder):
         "images_per_second", "stall", "seconds",
     }
     assert (entry["epoch"], entry["step"], entry["lr"]) == (1, 6, 0.01)
+    assert 0 < entry["stall"] < 100
     best, last = load(run_folder / "best.pt"), load(run_folder / "last.pt")
     assert set(last) - set(best) == {"optimizer", "schedule"}
     assert set(utils.CHECKPOINT_KEYS) <= set(best)
