@@ -76,26 +76,31 @@ static void forward_tile(const float *restrict a, float *restrict b, long channe
     }
 }
 
+/* A channel is finished when `through` is known of the two channels after it: five rows are kept, in a ring. */
 static void backward_tile(const float *restrict a, const float *restrict g, float *restrict grad, long channels,
                           long pixels, long n, float scale, float k)
 {
-    float roots[TILE], sums[TILE], through[channels * TILE];
-    for (long c = 0; c < channels; c++) {
-        tile_roots(a, roots, c, channels, pixels, n, scale, k);
-        for (long p = 0; p < n; p++) {
-            float direct = g[c * pixels + p] * roots[p] * sqrtf(roots[p]);
-            grad[c * pixels + p] = direct;
-            through[c * TILE + p] = direct * a[c * pixels + p] * roots[p] * roots[p];
+    float roots[TILE], sums[TILE], through[2 * AROUND + 1][TILE];
+    for (long c = 0; c < channels + AROUND; c++) {
+        float *new = through[c % (2 * AROUND + 1)];
+        if (c < channels) {
+            tile_roots(a, roots, c, channels, pixels, n, scale, k);
+            for (long p = 0; p < n; p++) {
+                float direct = g[c * pixels + p] * roots[p] * sqrtf(roots[p]);
+                grad[c * pixels + p] = direct;
+                new[p] = direct * a[c * pixels + p] * roots[p] * roots[p];
+            }
         }
-    }
-    for (long c = 0; c < channels; c++) {
+        long done = c - AROUND;
+        if (done < 0 || done >= channels)
+            continue;
         for (long p = 0; p < n; p++)
             sums[p] = 0;
-        for (long j = first(c); j <= last(c, channels); j++)
+        for (long j = first(done); j <= last(done, channels); j++)
             for (long p = 0; p < n; p++)
-                sums[p] += through[j * TILE + p];
+                sums[p] += through[j % (2 * AROUND + 1)][p];
         for (long p = 0; p < n; p++)
-            grad[c * pixels + p] -= 1.5f * scale * a[c * pixels + p] * sums[p];
+            grad[done * pixels + p] -= 1.5f * scale * a[done * pixels + p] * sums[p];
     }
 }
 

@@ -14,6 +14,7 @@ The Triton kernels have run in Triton's interpreter only, on no GPU yet: until t
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -30,7 +31,7 @@ except ImportError:  # torch's builds for a CPU come without
     triton = None
 
 SOURCE = Path(__file__).with_name("kernels.c")
-CHANNELS = 1024  # a tile of 256 pixels of so many lies on the stack of its thread: 1 MB
+CHANNELS = 1024  # what kernels.c keeps of one pixel lies on the stack of its thread
 SAME = 1e-4  # of the largest number: how far a fast LRN may be from the plain one when it is first used
 FAST_LRN = {"cpu": "compiled from kernels.c", "cuda": "in Triton"}
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
@@ -39,9 +40,9 @@ TILE_PIXELS, TILE_CHANNELS = 64, 32  # what one Triton program works on
 
 def accelerate(net: nn.Module, *, gpu_kernels: bool = False, say=print) -> nn.Module:
     """Put the fast parts for the device that a net is on into it, in place, and return it: each LocalResponseNorm of
-    model.py and each nn.Linear in it is replaced by a module with the same parameters (but without hooks that were put
-    on it). gpu_kernels: use the Triton LRN, too, on a GPU. say: called with one line that tells what was chosen and
-    why. The fast parts can be differentiated once."""
+    model.py and each nn.Linear in it, unless it has hooks, is replaced by a module with the same parameters.
+    gpu_kernels: use the Triton LRN, too, on a GPU. say: called with one line that tells what was chosen and why. The
+    fast parts can be differentiated once, backwards."""
     device = next((p.device for p in net.parameters()), torch.device("cpu")).type
     lrn_trouble, linear_trouble = trouble_with_lrn(device, gpu_kernels), trouble_with_linear(device)
     chosen = {}
@@ -51,9 +52,10 @@ def accelerate(net: nn.Module, *, gpu_kernels: bool = False, say=print) -> nn.Mo
                 chosen["LRN"] = f"of model.py ({lrn_trouble})" if lrn_trouble else FAST_LRN[device]
             elif isinstance(layer, nn.Linear):
                 chosen["dense layers"] = f"of torch ({linear_trouble})" if linear_trouble else "by oneDNN"
-            if type(layer) is LocalResponseNorm and not lrn_trouble:
+            hooked = layer._forward_hooks or layer._forward_pre_hooks  # pruning and weight norm have them, too
+            if type(layer) is LocalResponseNorm and not lrn_trouble and not hooked:
                 setattr(parent, name, FastLRN(layer, device))
-            elif type(layer) is nn.Linear and not linear_trouble:
+            elif type(layer) is nn.Linear and not linear_trouble and not hooked:
                 setattr(parent, name, FastLinear(layer))
     line = ", ".join(f"{what} {how}" for what, how in chosen.items()) or "nothing to accelerate"
     say(f"{line} (in float32)" if device == "cpu" and chosen else line)
@@ -82,6 +84,11 @@ class FastLRN(LocalResponseNorm):
         super().__init__(plain.columns, plain.size, plain.alpha, plain.beta, plain.k)
         self.training, self.device, self.dtypes = plain.training, device, DTYPES[device]
 
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)  # copied, or pickled on another machine
+        if trouble_with_lrn(self.device, gpu_kernels=True):
+            self.device = ""
+
     def forward(self, x: Tensor) -> Tensor:
         if self.fits(x):
             return lrn(x, self.columns, self.alpha / self.size, self.k)
@@ -105,7 +112,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         fast = (
-            x.device.type == "cpu" and x.ndim == 2 and x.numel() and self.bias is not None
+            x.device.type == "cpu" and x.ndim == 2 and x.numel() and self.weight.numel() and self.bias is not None
             and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         )
         return dense(x, self.weight, self.bias) if fast else super().forward(x)
@@ -145,7 +152,7 @@ def _(x, weight, bias):
 
 @dense_backward.register_fake
 def _(g, x, weight, need_x):
-    return torch.empty_like(x) if need_x else g.new_empty(0), torch.empty_like(weight), g.new_empty(g.shape[1])
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape), g.new_empty(g.shape[1])
 
 
 def _keep_dense(ctx, inputs, output) -> None:
@@ -213,6 +220,8 @@ def _layout(x: Tensor) -> torch.memory_format | None:
 
 def _run(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: float) -> None:
     """Call lrn_forward(a, b) or lrn_backward(a, g, grad): tensors of one shape and layout, the last one is written."""
+    if _layout(tensors[0]) is None:
+        raise ValueError("lrn takes tensors without gaps, contiguous or channels_last")
     if tensors[0].is_cuda:
         launch(name, tensors, columns, scale, k)
     else:
@@ -236,6 +245,8 @@ def _call(loaded: ctypes.CDLL, name: str, tensors: tuple[Tensor, ...], columns: 
 def library() -> tuple[ctypes.CDLL | None, str]:
     """kernels.c, compiled for this processor and loaded, and ""; or None and why there is none."""
     compiler = os.environ.get("CC") or "cc"
+    if not shutil.which(compiler.split()[0]):
+        return None, f"there is no C compiler {compiler}"
     # The OpenMP that it names is the one that torch has loaded already: one set of threads for both.
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
     try:
@@ -244,14 +255,16 @@ def library() -> tuple[ctypes.CDLL | None, str]:
             command = [*compiler.split(), *flags, "-o", str(built), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             loaded = ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        return None, f"there is no C compiler {compiler}" if missing else f"{compiler} can't build kernels.c here"
+            loaded.lrn_forward, loaded.lrn_backward  # noqa: B018  (raises where they are hidden)
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None, f"{compiler} can't build kernels.c here"
     if not _agrees(functools.partial(_call, loaded), "cpu"):
         return None, f"what {compiler} makes of kernels.c is wrong"
     return loaded, ""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _agrees(run, device) -> bool:
     """Whether a fast LRN gives what the plain one gives, in both layouts."""
     numbers = torch.arange(2 * 12 * 5 * 7, dtype=torch.float32, device=device)
@@ -261,9 +274,8 @@ def _agrees(run, device) -> bool:
         b, grad = torch.empty_like(a), torch.empty_like(a)
         run("lrn_forward", (a, b), 2, plain.alpha / plain.size, plain.k)
         run("lrn_backward", (a, g, grad), 2, plain.alpha / plain.size, plain.k)
-        with torch.enable_grad():
-            expected = plain(a.requires_grad_())
-            (expected_grad,) = torch.autograd.grad(expected, a, g)
+        expected = plain(a.requires_grad_())
+        (expected_grad,) = torch.autograd.grad(expected, a, g)
         for got, right in ((b, expected), (grad, expected_grad)):
             if not (got - right).abs().max() <= SAME * right.abs().max():
                 return False

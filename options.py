@@ -35,7 +35,7 @@ def parse(argv) -> Namespace:
     unset = object()  # argparse leaves alone what the namespace has already, unless the option is given
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
-    stored = read_config(last.parent)["arguments"]
+    stored = {"kernels": "off"} | read_config(last.parent)["arguments"]  # older runs had no kernels.py
     for name, value in given.items():
         if name not in CHANGEABLE and value not in (stored.get(name), "auto"):
             raise UserError(

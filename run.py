@@ -127,6 +127,8 @@ def write_start(run: Run) -> None:
         kept = [e for e in log if e["step"] <= run.state.step and e["step"] % run.steps == 0]
         utils.write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         config = json.loads((out / "config.json").read_text()) | {"arguments": arguments}
+        if config.get("kernels", run.kernels) != run.kernels:
+            run.warn(f"this run had: {config['kernels']}; now: {run.kernels}. The sums are rounded otherwise")
     else:
         config = {
             "arguments": arguments, "store": utils.portable(run.store.path), "fingerprint": run.store.fingerprint,

@@ -16,6 +16,7 @@ on one batch that never changes. Everything is read before it is timed, so the d
 import json
 import os
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -51,6 +52,8 @@ DECODERS = {"PIL": False, "decode_jpeg": True}  # torchvision's decoder gives te
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     count = args.count // args.batch * args.batch  # whole batches
+    if not count:
+        raise UserError(f"--count {args.count} is less than a batch of {args.batch}")
     result = {"pictures": count, "batch": args.batch, **utils.environment(CPU)}
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +96,8 @@ def squares(folder: str | None, count: int) -> np.ndarray:
     """`count` pictures (n, 256, 256, 3), those of a folder over and over or made for this."""
     if not folder:
         return np.stack([like_a_photograph(number, STORED, STORED) for number in range(count)])
-    found = [Path(folder) / name for name in trees.pictures_below(folder)]
+    with redirect_stdout(sys.stderr):  # what it says of other files
+        found = [Path(folder) / name for name in trees.pictures_below(folder)]
     if not found:
         raise UserError(f"--pictures {folder} holds no pictures")
     cut = [to_square(open_picture(file), STORED, 3) for file in found[:count]]

@@ -98,7 +98,7 @@ def race(names: list[str], args, device: torch.device) -> dict:
             try:
                 pipes[name].send(word)
                 answer = pipes[name].recv()
-            except (EOFError, BrokenPipeError):
+            except (EOFError, OSError):
                 answer = "its process ended"
             if isinstance(answer, str):
                 found[name] = {"skipped": answer}

@@ -3,6 +3,7 @@
 import statistics
 import time
 
+import numpy as np
 import torch
 
 from data import sources
@@ -55,6 +56,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def pictures(count: int, size: int) -> torch.Tensor:
     """Pictures of the bundled sample as a net's input: (count, 3, size, size), 0..255 minus their mean."""
-    stored = torch.from_numpy(sources.find("sample").splits["train"].pictures[:count])
+    sample = sources.find("sample").splits["train"].pictures
+    stored = torch.from_numpy(sample[np.arange(count) % len(sample)])
     scaled = torch.nn.functional.interpolate(stored[:, None].float(), size=size, mode="bilinear").expand(-1, 3, -1, -1)
     return scaled - scaled.mean(0)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import loader, lrn, pack, step
-from benchmarks.timing import interleaved, milliseconds
+from benchmarks.timing import interleaved, milliseconds, pictures
 from data import UserError
 from data.store import open_record
 from model import AlexNet
@@ -125,6 +125,12 @@ def test_loader(capsys, monkeypatch):
     assert len(re.findall(r"skipped: .*webdataset.*; benchmarks/requirements.txt brings it", text)) == 4
     assert text.count("this, JPEG records") == text.count("ImageFolder + v2, decode_jpeg") == 2
     assert "2.0 ms a step, 2.0 ms on one fixed batch: +0.0%" in text
+
+
+def test_more_in_a_batch_than_there_are(capsys):
+    with pytest.raises(UserError, match="less than a batch"):
+        loader.main(["--count", "100", "--batch", "200"])
+    assert pictures(6001, 64).shape == (6001, 3, 64, 64)  # the sample has 6,000
 
 
 def test_the_loaders_peers_get_the_same_bytes(tmp_path):
