@@ -73,7 +73,7 @@ def trouble_with_lrn(device: str, gpu_kernels: bool) -> str:
 
 def trouble_with_linear(device: str) -> str:
     if device != "cpu":
-        return "as fast there"
+        return "there is another product for CPUs only"
     return "" if onednn() else "it has no oneDNN"
 
 

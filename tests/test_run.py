@@ -79,6 +79,23 @@ def test_a_finished_run_says_so_and_exits_with_0(run_folder, capsys):
     assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
 
 
+def test_kernels_and_resume(run_folder, tmp_path, capsys):
+    """A run from before there was a kernels.py goes on without it; other kernels than at the start are warned of."""
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    assert config["kernels"].startswith("LRN compiled from kernels.c")
+    config["kernels"] = "LRN by hand"
+    (out / "config.json").write_text(json.dumps(config))
+    resume(out, "--epochs", 2, "--max-steps", 7)
+    assert "warning: this run had: LRN by hand; now: LRN compiled from kernels.c" in capsys.readouterr().err
+    del config["arguments"]["kernels"], config["kernels"]
+    (out / "config.json").write_text(json.dumps(config))
+    resume(out, "--epochs", 2, "--max-steps", 8)
+    told = capsys.readouterr()
+    assert "kernels LRN of model.py, dense layers of torch" in told.out
+    assert told.err == ""
+
+
 def test_resume_takes_more_epochs_and_refuses_other_changes(store, run_folder, tmp_path):
     out = shutil.copytree(run_folder, tmp_path / "run")
     for option, value in (("--lr", "0.1"), ("--batch-size", "8"), ("--seed", "1"), ("--recipe", "paper")):
