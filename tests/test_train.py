@@ -140,10 +140,11 @@ def test_two_processes_give_the_losses_of_one(store, tmp_path):
     processes are counted once each."""
     options = ["--batch-size", "96", "--no-dropout", "--max-steps", "10", "--lr", "0.001"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
+    done = subprocess.run(
         [*torchrun, *command(store, tmp_path / "two", *options)[1:]],
-        cwd=ROOT, check=True, capture_output=True, env=environment(), timeout=120,
+        cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=120,
     )
+    assert done.returncode == 0, done.stderr
     run(store, tmp_path / "one", "--no-dropout", "--max-steps", 10, "--lr", 0.001, batch=96)
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert len(one) == len(two) == 10
