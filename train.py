@@ -71,7 +71,7 @@ def main(argv=None) -> int:
     if warning:
         run.warn(warning)
     if world > 1:
-        dist.destroy_process_group()
+        leave_together(status)
     return status
 
 
@@ -264,6 +264,15 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_together(status: int) -> None:
+    """End this process when all of them have come this far. Not by way of Python: there gloo's threads now and then
+    abort ("terminate called without an active exception"), and torchrun then kills the others."""
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def open_store(args, world: int) -> tuple[Store, str]:
