@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from model import LRN_BETA, LRN_SIZE, LocalResponseNorm
 
@@ -65,7 +65,7 @@ def accelerate(net: nn.Module, *, gpu_kernels: bool = False, say=print) -> nn.Mo
 def trouble_with_lrn(device: str, gpu_kernels: bool) -> str:
     """Why there is no fast LRN on a device, "cpu" or "cuda"; "" if there is one."""
     if device == "cpu":
-        return library()[1]
+        return compiled()[1]
     if device == "cuda":
         return triton_trouble() if gpu_kernels else "the Triton one has run on no GPU yet and has to be asked for"
     return "there is a fast one for CPUs and CUDA only"
@@ -132,13 +132,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("alexnet::dense", mutates_args=(), device_types="cpu")
+@library.custom_op("alexnet::dense", mutates_args=(), device_types="cpu")
 def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight.T + bias, of (n, inputs) and (outputs, inputs)."""
     return _product(x, weight, bias)
 
 
-@torch.library.custom_op("alexnet::dense_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("alexnet::dense_backward", mutates_args=(), device_types="cpu")
 def dense_backward(g: Tensor, x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dense's derivatives for x (where it is needed), weight and bias, from g (n, outputs)."""
     grad_x = _product(g, weight.t()) if need_x else g.new_empty(0)
@@ -171,7 +171,7 @@ dense.register_autograd(_derive_dense, setup_context=_keep_dense)
 # ---------------------------------------------------------------------------------------------- LRN
 
 
-@torch.library.custom_op("alexnet::lrn", mutates_args=())
+@library.custom_op("alexnet::lrn", mutates_args=())
 def lrn(a: Tensor, columns: int, scale: float, k: float) -> Tensor:
     """model._LRN for 5 channels and beta 0.75; scale is alpha / 5. a: (N, C, H, W), dense in one of both layouts."""
     b = torch.empty_like(a)
@@ -179,7 +179,7 @@ def lrn(a: Tensor, columns: int, scale: float, k: float) -> Tensor:
     return b
 
 
-@torch.library.custom_op("alexnet::lrn_backward", mutates_args=())
+@library.custom_op("alexnet::lrn_backward", mutates_args=())
 def lrn_backward(a: Tensor, g: Tensor, columns: int, scale: float, k: float) -> Tensor:
     """lrn's derivative from the gradient g that arrives at its output."""
     g = g.to(a.dtype).contiguous(memory_format=_layout(a))
@@ -225,7 +225,7 @@ def _run(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: 
     if tensors[0].is_cuda:
         launch(name, tensors, columns, scale, k)
     else:
-        _call(library()[0], name, tensors, columns, scale, k)
+        _call(compiled()[0], name, tensors, columns, scale, k)
 
 
 def _call(loaded: ctypes.CDLL, name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: float) -> None:
@@ -242,7 +242,7 @@ def _call(loaded: ctypes.CDLL, name: str, tensors: tuple[Tensor, ...], columns: 
 
 
 @functools.cache
-def library() -> tuple[ctypes.CDLL | None, str]:
+def compiled() -> tuple[ctypes.CDLL | None, str]:
     """kernels.c, compiled for this processor and loaded, and ""; or None and why there is none."""
     compiler = os.environ.get("CC") or "cc"
     if not shutil.which(compiler.split()[0]):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, environment
-from torch import nn
+from torch import library, nn
 
 import kernels
 import train
@@ -31,11 +31,11 @@ SHAPES = [
 
 @pytest.fixture
 def no_library(monkeypatch):
-    """kernels.library without what it remembers; set CC or SOURCE, then call it."""
-    kernels.library.cache_clear()
+    """kernels.compiled without what it remembers; set CC or SOURCE, then call it."""
+    kernels.compiled.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
 
 
 def silent(_line) -> None:
@@ -233,11 +233,11 @@ def test_the_plain_lrn_under_torch_compile(columns):
 def test_the_operators_are_what_torch_expects():
     """torch's own check of custom operators: schema, autograd, what they say of shapes."""
     x = numbers_like((2, 8, 3, 3), torch.channels_last).requires_grad_()
-    torch.library.opcheck(kernels.lrn, (x, 2, 0.2, 2.0))
+    library.opcheck(kernels.lrn, (x, 2, 0.2, 2.0))
     dense = [torch.randn(shape, requires_grad=True) for shape in ((3, 5), (4, 5), (4,))]
-    torch.library.opcheck(kernels.dense, tuple(dense))
+    library.opcheck(kernels.dense, tuple(dense))
     turned = torch.randn(5, 3).t().requires_grad_(), dense[1].detach().t().contiguous().t().requires_grad_(), dense[2]
-    torch.library.opcheck(kernels.dense, turned)
+    library.opcheck(kernels.dense, turned)
     with pytest.raises(ValueError, match="without gaps"):
         kernels.lrn(numbers_like((1, 8, 6, 6))[:, :, ::2, ::2], 1, 0.2, 2.0)
 
@@ -279,8 +279,8 @@ def test_a_library_that_computes_something_else_is_not_used(no_library, tmp_path
         assert right in source
         (tmp_path / "kernels.c").write_text(source.replace(right, wrong))
         no_library.setattr(kernels, "SOURCE", tmp_path / "kernels.c")
-        kernels.library.cache_clear()
-        assert kernels.library()[1].endswith("makes of kernels.c is wrong")
+        kernels.compiled.cache_clear()
+        assert kernels.compiled()[1].endswith("makes of kernels.c is wrong")
 
 
 def test_a_pickled_net_works_where_there_is_no_compiler(no_library):
@@ -288,7 +288,7 @@ def test_a_pickled_net_works_where_there_is_no_compiler(no_library):
     images, pickled = torch.randn(1, 3, 64, 64), pickle.dumps(net)
     expected = net(images)
     no_library.setenv("CC", "no-such-compiler")
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     other = pickle.loads(pickled)
     assert not other.norm1.fits(images)
     torch.testing.assert_close(other(images), expected)
@@ -297,7 +297,7 @@ def test_a_pickled_net_works_where_there_is_no_compiler(no_library):
 def test_the_first_use_may_be_in_inference_mode(no_library):
     with torch.inference_mode():
         accelerate(AlexNet(4, image_size=64), say=silent)
-    assert kernels.library()[1] == ""
+    assert kernels.compiled()[1] == ""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
