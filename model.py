@@ -1,6 +1,6 @@
 """AlexNet, as in Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks"
-(NIPS 2012): layers, local response normalisation (LRN), dropout and initialisation. One file, torch only; copied
-alone, it works.
+(NIPS 2012): layers, local response normalisation (LRN), dropout, activations and initialisation. One file, torch only;
+copied alone, it works.
 
 The net for 224 x 224 pictures and 1000 classes, one column (the paper's figure 2 with both halves joined):
 
@@ -32,7 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}
+# By name: what makes one. In place where torch can; no other layer here needs what they overwrite.
+ACTIVATIONS = {
+    "relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh, "elu": lambda: nn.ELU(inplace=True), "prelu": nn.PReLU,
+    "srelu": lambda: SReLU(), "frelu": lambda: FReLU(),
+}
 ORDERS = ("paper", "2012")
 RECIPES = ("2012", "paper")
 
@@ -58,7 +62,7 @@ class AlexNet(nn.Module):
     order: "paper" (ReLU, LRN, pooling), or "2012" for the order of the authors' source: conv1's output is normalised
         and pooled before its ReLU, a second norm within each map follows LRN 2, conv5's ReLU follows the pool, and
         conv1 pads zeros on the right and at the bottom only, as many as its last window needs (3 at 224).
-    activation: "relu", or "tanh" (paper, figure 1).
+    activation: "relu", "tanh" (paper, figure 1), "elu", "prelu", "srelu" or "frelu", see activation().
     lrn, overlapping_pool, dropout: the paper's sections 3.3, 3.4 and 4.2; False (no norm at all), False (2x2 windows
         instead of 3x3, the same map sizes) and 0 leave them out.
     lrn_alpha: "2012" divides alpha by the number of channels summed, "paper" takes it as it is printed.
@@ -138,6 +142,8 @@ class AlexNet(nn.Module):
         """Draw all weights and biases anew from torch's global generator; recipe is "2012" or "paper"."""
         _check("recipe", recipe, recipe in RECIPES, " or ".join(RECIPES))
         for name, layer in self.named_children():
+            if isinstance(layer, FReLU | nn.PReLU):
+                layer.reset_parameters()  # back to -1, or 0.25
             if not isinstance(layer, nn.Conv2d | nn.Linear):
                 continue
             std = 0.01  # every layer: paper, section 5
@@ -197,6 +203,73 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def activation(name: str) -> nn.Module:
+    """A new activation: "relu", "tanh", "elu" (alpha 1), "prelu" (one slope a layer, from 0.25), "srelu" or "frelu".
+    ReLU and ELU overwrite their input. Raises ValueError for other names."""
+    _check("activation", name, name in ACTIVATIONS, " or ".join(ACTIVATIONS))
+    return ACTIVATIONS[name]()
+
+
+class FReLU(nn.Module):
+    """Flexible ReLU (Qiu, Xu and Cai 2017, arXiv 1706.08098): max(x, 0) + b of x of any shape, with one learnable b,
+    from -1. b is rounded to x's dtype, as autocast does with weights. Keeps a byte an element for the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.bias, -1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FReLU.apply(x, self.bias)
+
+
+class SReLU(FReLU):
+    """Shifted ReLU as in the same authors' code: max(x, b), with one learnable b, from -1. Otherwise like FReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _SReLU.apply(x, self.bias)
+
+
+class _FReLU(torch.autograd.Function):
+    """The gradient passes where x > 0. All of it, summed up, is b's."""
+
+    @staticmethod
+    def forward(ctx, x, b):
+        ctx.save_for_backward(x > 0)
+        return x.clamp_min(0).add_(b.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        (passes,) = ctx.saved_tensors
+        return g * passes, g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+class _SReLU(torch.autograd.Function):
+    """The gradient passes where x > b. What does not pass, summed up, is b's (so is all of it at x = b)."""
+
+    @staticmethod
+    def forward(ctx, x, b):
+        b = b.to(x.dtype)
+        ctx.save_for_backward(x > b)
+        return x.maximum(b)
+
+    @staticmethod
+    def backward(ctx, g):
+        (passes,) = ctx.saved_tensors
+        through = g * passes
+        return through, (g - through).sum(dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+def activation_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The one learnable value of each FReLU, SReLU and PReLU in a net, by the module's name. They get no weight decay:
+    it would pull them to 0, where all three are a ReLU or nearly one (He et al. 2015, section 2, of PReLU)."""
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, FReLU | nn.PReLU)}
+    return {name: m.weight if isinstance(m, nn.PReLU) else m.bias for name, m in layers.items()}
 
 
 class LocalResponseNorm(nn.Module):

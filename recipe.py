@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from model import activation_parameters
+
 MAX_DROPS = 3  # the rate was "reduced three times prior to termination"
 
 
@@ -19,16 +21,21 @@ def make_optimizer(net: nn.Module, *, recipe: str, lr: float, momentum: float, w
 
 def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[dict]:
     """Recipe 2012: biases learn at twice the rate and do not decay (2012 code: epsB, wc). Recipe paper: the text
-    names one rate and one decay, so all weights and biases have both. `scale` times the schedule's rate is a group's
-    rate."""
-    weights = [p for name, p in net.named_parameters() if name.endswith("weight")]
-    others = [p for name, p in net.named_parameters() if not name.endswith("weight")]
+    names one rate and one decay, so all weights and biases have both. What an activation learns has the weights' rate
+    and never decays. `scale` times the schedule's rate is a group's rate."""
+    learnt = list(activation_parameters(net).values())
+    apart = {id(p) for p in learnt}
+    named = [(name, p) for name, p in net.named_parameters() if id(p) not in apart]
+    weights = [p for name, p in named if name.endswith("weight")]
+    others = [p for name, p in named if not name.endswith("weight")]
     if recipe == "paper":
-        return [{"params": weights + others, "scale": 1, "weight_decay": weight_decay}]
-    return [
-        {"params": weights, "scale": 1, "weight_decay": weight_decay},
-        {"params": others, "scale": 2, "weight_decay": 0.0},
-    ]
+        groups = [{"params": weights + others, "scale": 1, "weight_decay": weight_decay}]
+    else:
+        groups = [
+            {"params": weights, "scale": 1, "weight_decay": weight_decay},
+            {"params": others, "scale": 2, "weight_decay": 0.0},
+        ]
+    return groups + [{"params": learnt, "scale": 1, "weight_decay": 0.0}] * bool(learnt)
 
 
 def set_rate(optimizer, lr: float) -> None:
