@@ -8,7 +8,7 @@ import os
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import utils
 from data import UserError
 from data.augment import Augment
 from data.store import Store
-from model import AlexNet
+from model import AlexNet, activation_parameters
 from recipe import Schedule
 
 
@@ -43,12 +43,13 @@ class Run:
     device: torch.device
     rank: int
     world: int
-    net: AlexNet
+    net: AlexNet  # or one of studies/networks.py
     optimizer: torch.optim.Optimizer
     state: State
     schedule: Schedule
     kernels: str = ""  # what kernels.accelerate chose
-    warned: bool = False
+    warned: bool = False  # that it does not learn
+    positive: set[str] = field(default_factory=set)  # the activations whose b has been warned of
 
     @property
     def steps(self) -> int:
@@ -102,6 +103,10 @@ def claim_folder(name: str) -> Path:
         return folder
 
 
+class Busy(UserError):
+    """Another process has the folder."""
+
+
 @contextmanager
 def locked(folder: Path):
     """Hold the folder. The lock ends with the process and the workers that it forked, however they end (after a
@@ -111,7 +116,7 @@ def locked(folder: Path):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {folder}; wait for it, or choose another --out") from None
+            raise Busy(f"another process is training in {folder}; wait for it, or choose another --out") from None
         yield
     finally:
         os.close(descriptor)
@@ -197,6 +202,19 @@ def check_finite(run: Run, loss_sum: float) -> None:
             f"the loss is no longer finite at step {run.state.step}, learning rate {run.schedule.lr:g}; "
             f"start again with a lower --lr (the last sound state is in {run.args.out / 'last.pt'})"
         )
+
+
+def watch_activations(run: Run) -> dict[str, float]:
+    """What each FReLU, SReLU and PReLU has learnt so far, for the log. Warns of each b that has turned positive: it
+    harms the training, say FReLU's authors, and should settle below 0."""
+    values = {name: parameter.item() for name, parameter in activation_parameters(run.net).items()}
+    if run.net.config.get("activation") in ("frelu", "srelu"):
+        turned = [name for name, value in values.items() if value > 0 and name not in run.positive]
+        run.positive.update(turned)
+        for name in turned:
+            run.warn(f"the b of {name} has turned positive, {values[name]:.3f}, which harms the training: try a lower "
+                     "--lr, or another --activation")
+    return values
 
 
 def store_mean(args, store: Store) -> torch.Tensor:

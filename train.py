@@ -32,7 +32,18 @@ from data.store import Store
 from kernels import accelerate
 from options import parse, settle
 from recipe import Schedule, make_optimizer, set_rate
-from run import Run, State, check_finite, checkpoint, load_last, run_folder, save_last, total_sums, training_inputs
+from run import (
+    Run,
+    State,
+    check_finite,
+    checkpoint,
+    load_last,
+    run_folder,
+    save_last,
+    total_sums,
+    training_inputs,
+    watch_activations,
+)
 from start import starting_net
 
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
@@ -88,13 +99,11 @@ def fit(run: Run, signals: "Signals") -> int:
         model = torch.compile(model)
     while not is_over(run):
         began = time.monotonic()
-        sums, images, waited, stop = train_epoch(run, model, train, inputs, signals)
+        sums, speed, stop = train_epoch(run, model, train, inputs, signals)
         if stop:
             save_last(run, sums)
             return 128 + stop
-        seconds = time.monotonic() - began
-        speed = {"images_per_second": images / seconds, "stall": 100 * waited / seconds}
-        finish_epoch(run, val, inputs, sums, speed, began)
+        finish_epoch(run, measure(run, val, inputs, sums) | speed | {"seconds": time.monotonic() - began})
     return 0
 
 
@@ -106,17 +115,17 @@ def is_over(run: Run) -> bool:
 
 def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signals"):
     """Train to the end of the epoch, or to --max-steps or a signal. Returns this process's sums (loss, top-1 misses)
-    on the device, how many images all processes have seen here, the seconds spent waiting for pictures, and the signal
-    or 0."""
+    on the device, the speed for the log, and the signal or 0."""
     args, state, share = run.args, run.state, run.args.batch_size // run.world
-    margin = run.store.size - args.image_size
+    margin = train.size - args.image_size
     tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs, args.mirror)
     first = state.step - state.epoch * run.steps
     last = run.steps if args.max_steps is None else min(run.steps, args.max_steps - state.epoch * run.steps)
     mine = [tables.order[s * args.batch_size + run.rank * share :][:share] for s in range(first, last)]
     # What a resumed epoch has summed up already is shared out among the processes.
     sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=run.device) / run.world
-    saved, waited, stop, pictures = time.monotonic(), 0.0, 0, None
+    started, waited, stop, pictures = time.monotonic(), 0.0, 0, None
+    saved = started
 
     model.train()
     label = f"epoch {state.epoch + 1}/{args.epochs}"
@@ -145,7 +154,8 @@ def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signa
             if due:
                 save_last(run, sums)
                 saved = time.monotonic()
-    return sums, (state.step - state.epoch * run.steps - first) * args.batch_size, waited, stop
+    seconds, images = time.monotonic() - started, (state.step - state.epoch * run.steps - first) * args.batch_size
+    return sums, {"images_per_second": images / seconds, "stall": 100 * waited / seconds}, stop
 
 
 def train_step(model, optimizer, pictures, labels, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,9 +198,9 @@ def agree(run: Run, stop: int, due: bool) -> tuple[int, bool]:
     return stop, bool(due)
 
 
-def finish_epoch(run: Run, val: Loader, inputs: Augment, sums, speed: dict, began: float) -> None:
-    """Validate, log, and where the epoch is whole: move the schedule, write the checkpoints."""
-    args, state, schedule = run.args, run.state, run.schedule
+def measure(run: Run, val: Loader, inputs: Augment, sums) -> dict:
+    """Validate, and put together what the log says of an epoch, but for the times."""
+    args, state = run.args, run.state
     total_sums(run, sums)
     run.net.eval()
     measured = utils.evaluate([(run.net, inputs)], val, batch_size=args.batch_size, shard=(run.rank, run.world))
@@ -198,19 +208,25 @@ def finish_epoch(run: Run, val: Loader, inputs: Augment, sums, speed: dict, bega
         dist.all_reduce(measured)
     val_loss, top1, top5 = (measured / len(val)).tolist()
     seen = (state.step - state.epoch * run.steps) * args.batch_size
-    entry = {
-        "epoch": state.epoch + 1, "step": state.step, "lr": schedule.lr, "train_loss": state.loss_sum / seen,
+    learnt = watch_activations(run)
+    return {
+        "epoch": state.epoch + 1, "step": state.step, "lr": run.schedule.lr, "train_loss": state.loss_sum / seen,
         "train_top1_error": 100 * state.wrong / seen, "val_loss": val_loss, "val_top1_error": 100 * top1,
-        "val_top5_error": 100 * top5, **speed, "seconds": time.monotonic() - began,
+        "val_top5_error": 100 * top5, **({"activations": learnt} if learnt else {}),
     }
+
+
+def finish_epoch(run: Run, entry: dict) -> None:
+    """Log, and where the epoch is whole: move the schedule, write the checkpoints."""
+    args, state, schedule, error = run.args, run.state, run.schedule, entry["val_top1_error"]
     whole = state.step == (state.epoch + 1) * run.steps
-    better = whole and 100 * top1 < state.best
+    better = whole and error < state.best
     if whole:
-        schedule.update(100 * top1)
+        schedule.update(error)
         set_rate(run.optimizer, schedule.lr)
         state.epoch, state.loss_sum, state.wrong = state.epoch + 1, 0.0, 0.0
     if better:
-        state.best = 100 * top1
+        state.best = error
     run.say(summary(run, entry))
     if run.rank == 0:
         utils.append_line(args.out / "log.jsonl", entry)

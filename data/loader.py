@@ -26,16 +26,21 @@ class Loader:
     """One split of a store. A small split is *resident*: read once, its pixels one tensor on the device. A larger
     one *streams*: worker processes read whole batches (0 workers: this process does).
 
-    resident: None decides by the split's size.
+    resident: None decides by the split's size. padding: so many pixels of the store's mean colour are put around each
+    picture; the split is resident then. size: the side of the pictures, in pixels.
     """
 
-    def __init__(self, store: Store, split: str, device="cpu", workers: int = 0, resident: bool | None = None):
+    def __init__(
+        self, store: Store, split: str, device="cpu", workers: int = 0, resident: bool | None = None, padding: int = 0
+    ):
         self.records, self.device, self.workers = store.split(split), torch.device(device), workers
         if resident is None:
             resident = len(self.records) * int(np.prod(self.records.shape)) <= RESIDENT_BYTES
-        self.resident = resident
-        if resident:
+        self.resident, self.size = resident or padding > 0, store.size + 2 * padding
+        if self.resident:
             images, labels = self.records.read(np.arange(len(self.records)), check=True)
+            if padding:
+                images = _padded(images, padding, store.mean.mean((0, 1)))
             self.images = torch.from_numpy(images).to(self.device)
             self.labels = torch.from_numpy(labels).to(self.device)
 
@@ -88,6 +93,15 @@ class _Batches(Dataset):
 
 def _crops(tables: EpochTables | None, samples: np.ndarray, size: int) -> Crops | None:
     return Crops(tables.offsets[samples], tables.mirror[samples], size) if tables else None
+
+
+def _padded(images: np.ndarray, padding: int, colour: np.ndarray) -> np.ndarray:
+    """Pictures (N, H, W, C) with a frame in one colour, rounded, around them."""
+    count, height, width, channels = images.shape
+    framed = np.empty((count, height + 2 * padding, width + 2 * padding, channels), np.uint8)
+    framed[:] = colour.round()
+    framed[:, padding:-padding, padding:-padding] = images
+    return framed
 
 
 def _as_is(batch):

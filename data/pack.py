@@ -319,15 +319,16 @@ def _summary(store: Store) -> str:
     return f"{shown(store.path)}: {counts} pictures{left_out}, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
 
 
-def named_store(name: str, download: bool | None = True) -> Store:
+def named_store(name: str, download: bool | None = True, size: int | None = None) -> Store:
     """The store of a named set, packed first where there is none. download: may the set be fetched; None: do not
-    even pack it. Raises UserError, and sources.Unavailable where the set cannot be had."""
-    path = STORES / name
+    even pack it. size: of its pictures, where it is not the set's usual one; the store is NAME-SIZE then. Raises
+    UserError, and sources.Unavailable where the set cannot be had."""
+    path = STORES / (f"{name}-{size}" if size else name)
     if path.exists():
         return Store(path)
     if download is None:
         raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {name}")
-    return pack(sources.find(name, download), path, workers=len(os.sched_getaffinity(0)))
+    return pack(sources.find(name, download), path, size=size, workers=len(os.sched_getaffinity(0)))
 
 
 def verify(store: Store, pool) -> None:

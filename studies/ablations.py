@@ -204,10 +204,15 @@ def verdict(gains: list[float]) -> str:
     leaves out zero."""
     if len(gains) < 3:
         return "too few seeds"
-    mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
-    half = T95.get(len(gains), 2.2) * error
+    mean, half = interval(gains)
     said = "within the spread" if abs(mean) <= half else "helps" if mean > 0 else "harms"
     return f"{mean:+.2f} ± {half:.2f}: {said}"
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean and half the width of its 95% interval (Student's t), of three values or more."""
+    half = T95.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half
 
 
 # ---------------------------------------------------------------------------------------------- figure 1

@@ -1,0 +1,279 @@
+"""Which activation should a plain net, a net with batch norm, a residual net use? Nets x activations x seeds:
+
+    python -m studies.frelu                                      SmallNet, with and without batch norm: 30 runs
+    python -m studies.frelu --dataset cifar10 --networks nin resnet20 resnet20-no-act --seeds 5
+    python -m studies.frelu --dataset fashion-mnist --epochs 6   the schedule shortened, 164 epochs to 6
+
+The recipe is that of the FReLU study (Qiu, Xu and Cai 2017): pictures of 32 x 32, minus the mean and divided by the
+deviation of each colour, crops out of a frame of 4 pixels, mirrored or not; batches of 128, Nesterov momentum 0.9,
+weight decay 1e-4 (none on what an activation learns), a rate of 0.01, or 0.1 with batch norm, divided by 10 before
+epochs 81 and 122 of 164, or the same fractions of --epochs. FReLU's and SReLU's b learn at a tenth of that rate, as in
+the authors' train.lua; with --bias-rate 1 and ten classes FReLU with batch norm diverges. The test error is that of the
+net after the last epoch; nothing is chosen by it. The validation images, 5,000 that a named set sets aside, are looked
+at only.
+
+A run's folder lies under checkpoints/frelu/ and has a log that studies.figures draws. A finished run is a line in --out
+and is not run again; one that was stopped, however, goes on where it was. Several processes can share an --out: each
+takes runs that no other has. The table is printed last; --epochs and data sets are not mixed in it.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import options
+import train
+import utils
+from data import UserError, sources
+from data.augment import Augment
+from data.cli import Parser, number, run_script, whole
+from data.loader import Loader
+from data.pack import named_store
+from data.store import Store
+from kernels import accelerate
+from model import ACTIVATIONS, activation_parameters
+from recipe import Schedule
+from run import Busy, Diverged, Run, State, load_last, locked, save_last, write_start
+from studies.ablations import interval, spread
+from studies.networks import NETWORKS, SIDE, build
+
+EPOCHS = 164
+DROPS = (80, 121)  # epochs of 164 after which the rate falls
+FRAME = 4  # pixels around a picture that its crops are cut out of
+BIAS_RATE = 0.1  # of b, times the weights' rate (authors' train.lua)
+COMPARED = ("relu", "prelu", "elu", "srelu", "frelu")
+KEY = ("dataset", "epochs", "network", "activation", "bias_rate", "seed")
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    args.out = Path(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if any(set(KEY) - set(entry) for entry in utils.read_log(args.out)):
+        raise UserError(f"{args.out} holds lines of another kind; name another --out")
+    store = named_store(args.dataset, size=SIDE)
+    utils.settle_arithmetic()
+    busy = []
+    for seed in range(args.seeds):
+        for network in args.networks:
+            for act in args.activations:
+                status = run_cell(args, store, cell_of(args, network, act, seed))
+                if status > 0:
+                    return status  # a signal stopped it; the next start goes on there
+                busy += [network] if status < 0 else []
+    print(table(args, utils.read_log(args.out)))
+    if busy:
+        print(f"\nleft to other processes: {len(busy)} runs")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def cell_of(args, network: str, act: str, seed: int) -> dict:
+    """What tells a run from all others; only FReLU and SReLU have a bias_rate."""
+    bias_rate = args.bias_rate if act in ("frelu", "srelu") else None
+    return dict(zip(KEY, (args.dataset, args.epochs, network, act, bias_rate, seed), strict=True))
+
+
+def run_cell(args, store: Store, cell: dict) -> int:
+    """Train, test and note one cell, unless it has been. Returns 0, 128 + a signal, or -1 where another process is at
+    it."""
+    name = "-".join(str(cell[k]) for k in ("network", "activation", "seed"))
+    if cell["bias_rate"] not in (None, BIAS_RATE):
+        name += f"-bias-rate-{cell['bias_rate']:g}"
+    folder = utils.CHECKPOINTS / "frelu" / f"{args.dataset}-{args.epochs}" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            if done(args.out, cell):
+                return 0
+            run = start(args, store, cell, folder)
+            print(f"{run.args.network} {run.args.activation} seed {run.args.seed}: {run.kernels}", flush=True)
+            try:
+                with train.Signals() as signals:
+                    status = fit(run, signals)
+            except Diverged as error:
+                utils.append_line(args.out, cell | {"diverged": str(error)} | utils.environment(run.device))
+                return 0
+            if status == 0:
+                utils.append_line(args.out, cell | result(run) | utils.environment(run.device))
+            return status
+    except Busy:
+        return -1
+
+
+def done(out: Path, cell: dict) -> bool:
+    return any(all(entry[k] == cell[k] for k in KEY) for entry in utils.read_log(out))
+
+
+def start(args, store: Store, cell: dict, folder: Path) -> Run:
+    """The run of a cell, new or as its folder has it."""
+    resume = (folder / "last.pt").exists()
+    if not resume:  # a process that was killed between the two files left one alone
+        (folder / "config.json").unlink(missing_ok=True)
+    settled = options.make_parser().parse_args([
+        "--seed", str(cell["seed"]), "--epochs", str(cell["epochs"]), "--activation", cell["activation"],
+        "--lr", str(first_rate(cell["network"])), "--weight-decay", "1e-4", "--batch-size", "128", "--mean", "channel",
+        "--colour", "off", "--precision", "fp32",
+    ])
+    settled.network, settled.image_size, settled.out, settled.resume = cell["network"], SIDE, folder, resume
+    device = utils.pick_device(args.device)
+    options.settle(settled, store, device, world=1)
+    utils.seed_all(settled.seed)
+    net = build(cell["network"], len(store.classes), cell["activation"])
+    net.to(device, memory_format=torch.channels_last)
+    kernels = []
+    accelerate(net, say=kernels.append)
+    run = Run(settled, store, device, 0, 1, net, make_optimizer(net, cell), State(),
+              Schedule(settled.lr, patience=settled.epochs), kernels[0], warned=True)  # its advice is for train.py
+    if resume:
+        load_last(run)
+    write_start(run)
+    return run
+
+
+def first_rate(network: str) -> float:
+    """With batch norm ten times as high."""
+    return 0.01 if network == "smallnet" else 0.1
+
+
+def rate(first: float, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch, counted from 0."""
+    return first / 10 ** sum(epoch * EPOCHS >= drop * epochs for drop in DROPS)
+
+
+def make_optimizer(net: torch.nn.Module, cell: dict) -> torch.optim.SGD:
+    """Two groups; their `scale` times the schedule's rate is their rate."""
+    learnt = list(activation_parameters(net).values())
+    apart = {id(p) for p in learnt}
+    groups = [{"params": [p for p in net.parameters() if id(p) not in apart], "scale": 1.0}]
+    if learnt:
+        groups.append({"params": learnt, "scale": cell["bias_rate"] or 1.0, "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=first_rate(cell["network"]), momentum=0.9, nesterov=True, weight_decay=1e-4,
+                           fused=True)
+
+
+def fit(run: Run, signals: train.Signals) -> int:
+    """Train to the last epoch. Returns 0, or 128 + the signal that stopped it."""
+    args, state, store = run.args, run.state, run.store
+    training, val = Loader(store, "train", run.device, padding=FRAME), Loader(store, "val", run.device)
+    inputs = Inputs(store, run.device)
+    while state.epoch < args.epochs:
+        run.schedule.lr = rate(args.lr, state.epoch, args.epochs)
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.schedule.lr * group["scale"]
+        began = time.monotonic()
+        sums, speed, stop = train.train_epoch(run, run.net, training, inputs, signals)
+        if stop:
+            save_last(run, sums)
+            return 128 + stop
+        entry = train.measure(run, val, inputs, sums) | speed | {"seconds": time.monotonic() - began}
+        state.epoch, state.loss_sum, state.wrong = state.epoch + 1, 0.0, 0.0
+        state.best = min(state.best, entry["val_top1_error"])
+        train_error, val_error = entry["train_top1_error"], entry["val_top1_error"]
+        print(f"epoch {state.epoch:>3}/{args.epochs}  lr {entry['lr']:g}  train error {train_error:.2f}%  "
+              f"val error {val_error:.2f}%  {entry['images_per_second']:.0f} images/s", flush=True)
+        utils.append_line(args.out / "log.jsonl", entry)
+        save_last(run)
+    return 0
+
+
+def result(run: Run) -> dict:
+    """What the file of results keeps of a finished run: errors in percent, and the values that the activations learnt
+    in the end."""
+    run.net.eval()
+    test = Loader(run.store, "test", run.device)
+    _, top1, top5 = (utils.evaluate([(run.net, Inputs(run.store, run.device))], test) / len(test)).tolist()
+    log = utils.read_log(run.args.out / "log.jsonl")
+    last = {name: log[-1].get(name, {}) for name in ("train_loss", "train_top1_error", "val_top1_error", "activations")}
+    return {
+        "test_top1_error": 100 * top1, "test_top5_error": 100 * top5, "test_images": len(test), **last,
+        "seconds": sum(entry["seconds"] for entry in log),
+    }
+
+
+class Inputs(Augment):
+    """Augment's inputs, with each colour divided by its standard deviation over the training pixels."""
+
+    def __init__(self, store: Store, device: torch.device):
+        super().__init__(SIDE, store.mean.mean((0, 1), keepdims=True), device=device)
+        pca = store.manifest["pca"]  # of the colours' covariance, whose diagonal is wanted
+        vectors, values = torch.tensor(pca["eigenvectors"]), torch.tensor(pca["eigenvalues"])
+        self.deviation = (values[:, None] * vectors**2).sum(0).sqrt().to(self.device)
+
+    def _float(self, crops, out=None):
+        return super()._float(crops, out).div_(self.deviation)
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def table(args, entries: list[dict]) -> str:
+    """A Markdown table of test errors: a row for each net, mean and standard deviation over seeds, the lowest mean in
+    bold, and what the seeds allow to be said of it."""
+    lines = [f"| {' | '.join(['net', *args.activations, 'worse than the lowest, in points'])} |"]
+    lines.append("|---" * (len(args.activations) + 2) + "|")
+    for network in args.networks:
+        found = {act: runs_of(entries, cell_of(args, network, act, seed=0)) for act in args.activations}
+        errors = {
+            act: {e["seed"]: e["test_top1_error"] for e in runs if "diverged" not in e} for act, runs in found.items()
+        }
+        means = {act: statistics.mean(values.values()) for act, values in errors.items() if values}
+        best = min(means, key=means.get, default=None)
+        cells = [shown(errors[act], len(found[act]) - len(errors[act]), act == best) for act in args.activations]
+        lines.append(f"| {' | '.join([network, *cells, verdicts(errors, best)])} |")
+    return "\n".join(lines)
+
+
+def runs_of(entries: list[dict], cell: dict) -> list[dict]:
+    """A cell's runs, of all seeds."""
+    return [e for e in entries if all(e[k] == cell[k] for k in KEY if k != "seed")]
+
+
+def shown(errors: dict[int, float], diverged: int, best: bool) -> str:
+    if not errors:
+        return f"diverged ({diverged} of {diverged})" if diverged else "not measured yet"
+    text = spread(list(errors.values()))
+    return (f"**{text}**" if best else text) + (f", {diverged} diverged" if diverged else "")
+
+
+def verdicts(errors: dict[str, dict[int, float]], best: str | None) -> str:
+    """Of each other activation: how many points worse it is than the best, with a 95% interval (Student's t, paired by
+    seed), and whether the spread covers that."""
+    said = []
+    for act, found in errors.items():
+        seeds = sorted(set(found) & set(errors.get(best, {})))
+        if act == best or not found:
+            continue
+        if len(seeds) < 3:
+            said.append(f"{act}: too few seeds")
+            continue
+        worse = [found[seed] - errors[best][seed] for seed in seeds]
+        mean, half = interval(worse)
+        said.append(f"{act} {mean:+.2f} ± {half:.2f}" + (", within the spread" if mean <= half else ""))
+    return "; ".join(said) or "-"
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m studies.frelu", description="Nets x activations x seeds, by the FReLU study's "
+                    "recipe.")
+    parser.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS[:2], metavar="NET",
+                        help=f"one or more of {', '.join(NETWORKS)} (default: {' '.join(NETWORKS[:2])})")
+    parser.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=COMPARED, metavar="NAME",
+                        help=f"one or more of {', '.join(ACTIVATIONS)} (default: {' '.join(COMPARED)})")
+    parser.add_argument("--seeds", type=whole(1), default=3, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole(1), default=EPOCHS, metavar="N",
+                        help="of a run; the rate falls at the same fractions of it (default: %(default)s)")
+    parser.add_argument("--bias-rate", type=number(0), default=BIAS_RATE, metavar="X",
+                        help="rate of FReLU's and SReLU's b, times the weights' (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--out", default="results/frelu.jsonl", help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main)
