@@ -214,7 +214,7 @@ def activation(name: str) -> nn.Module:
 
 class FReLU(nn.Module):
     """Flexible ReLU (Qiu, Xu and Cai 2017, arXiv 1706.08098): max(x, 0) + b of x of any shape, with one learnable b,
-    from -1. b is rounded to x's dtype, as autocast does with weights. Keeps a byte an element for the backward pass."""
+    from -1. b is rounded to x's dtype, as autocast does with weights."""
 
     def __init__(self):
         super().__init__()
@@ -225,44 +225,46 @@ class FReLU(nn.Module):
         nn.init.constant_(self.bias, -1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FReLU.apply(x, self.bias)
+        if torch.compiler.is_compiling():  # one expression, which torch.compile makes one loop of
+            return x.clamp_min(0) + self.bias.to(x.dtype)
+        return _Rectify.apply(x, self.bias, True)
 
 
 class SReLU(FReLU):
     """Shifted ReLU as in the same authors' code: max(x, b), with one learnable b, from -1. Otherwise like FReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SReLU.apply(x, self.bias)
+        if torch.compiler.is_compiling():
+            return torch.where(x > self.bias.to(x.dtype), x, self.bias.to(x.dtype))
+        return _Rectify.apply(x, self.bias, False)
 
 
-class _FReLU(torch.autograd.Function):
-    """The gradient passes where x > 0. All of it, summed up, is b's."""
+class _Rectify(torch.autograd.Function):
+    """FReLU (flexible) or SReLU. The gradient passes to x where the output is above b. To b goes all of it, of SReLU
+    what does not pass, summed up.
+
+    Like a ReLU this keeps its output alone, which the next layer mostly keeps anyway. FReLU's must then be above b
+    wherever x is above 0, so x there counts as `step` at least: less would be lost in the sum with b.
+    """
 
     @staticmethod
-    def forward(ctx, x, b):
-        ctx.save_for_backward(x > 0)
-        return x.clamp_min(0).add_(b.to(x.dtype))
+    def forward(ctx, x, b, flexible):
+        ctx.b, ctx.flexible = b.detach().to(x.dtype, copy=True), flexible
+        if flexible:
+            step = ctx.b.abs() * torch.finfo(x.dtype).eps
+            y = x.sign().clamp_min_(0).mul_(step)
+            torch.maximum(x, y, out=y).add_(ctx.b)
+        else:
+            y = x.maximum(ctx.b)
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        (passes,) = ctx.saved_tensors
-        return g * passes, g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
-
-
-class _SReLU(torch.autograd.Function):
-    """The gradient passes where x > b. What does not pass, summed up, is b's (so is all of it at x = b)."""
-
-    @staticmethod
-    def forward(ctx, x, b):
-        b = b.to(x.dtype)
-        ctx.save_for_backward(x > b)
-        return x.maximum(b)
-
-    @staticmethod
-    def backward(ctx, g):
-        (passes,) = ctx.saved_tensors
-        through = g * passes
-        return through, (g - through).sum(dtype=torch.promote_types(g.dtype, torch.float32))
+        (y,) = ctx.saved_tensors
+        passing = torch.ops.aten.threshold_backward(g, y - ctx.b, 0)
+        left = g if ctx.flexible else g - passing
+        return passing, left.sum(dtype=torch.promote_types(g.dtype, torch.float32)), None
 
 
 def activation_parameters(net: nn.Module) -> dict[str, nn.Parameter]:

@@ -192,13 +192,9 @@ def load_last(run: Run) -> None:
     run.state = State(step=last["step"], epoch=last["epoch"], best=last["best"], **sums)
 
 
-class Diverged(UserError):
-    """The loss is no longer finite."""
-
-
 def check_finite(run: Run, loss_sum: float) -> None:
     if not math.isfinite(loss_sum):
-        raise Diverged(
+        raise utils.Diverged(
             f"the loss is no longer finite at step {run.state.step}, learning rate {run.schedule.lr:g}; "
             f"start again with a lower --lr (the last sound state is in {run.args.out / 'last.pt'})"
         )

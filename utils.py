@@ -105,12 +105,16 @@ def evaluate(members, loader: Loader, *, ten_crop=False, batch_size=128, shard=(
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
+class Diverged(UserError):
+    """The loss, or a weight, is no longer finite."""
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write beside `path`, bring it to the disk, rename: there is always a whole file at `path`. Raises UserError,
-    and leaves the old file, where a weight is not finite or the disk is full."""
+    and leaves the old file, where the disk is full or, as Diverged, where a weight is not finite."""
     for name, tensor in checkpoint["model"].items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{name} is no longer finite at step {checkpoint['step']}; {path} was not written")
+            raise Diverged(f"{name} is no longer finite at step {checkpoint['step']}; {path} was not written")
     with replacing(path) as file:
         torch.save(checkpoint, file)
 

@@ -30,7 +30,6 @@ from data.cli import Parser, run_script, whole
 from data.loader import Loader
 from data.pack import named_store
 from recipe import make_optimizer
-from run import Diverged
 from start import starting_net
 from studies.plateau import batches
 
@@ -113,7 +112,7 @@ def run_cell(args, cell: str, seed: int) -> int:
     machine = utils.environment(utils.pick_device("auto"))
     try:
         status = train.main(["--resume", "--out", str(out)] if (out / "last.pt").exists() else anew)
-    except Diverged as error:
+    except utils.Diverged as error:
         entry = {"dataset": args.dataset, "epochs": args.epochs, "cell": cell, "seed": seed, "diverged": str(error)}
         utils.append_line(args.out, entry | machine)
         return 0

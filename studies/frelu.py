@@ -35,7 +35,7 @@ from data.store import Store
 from kernels import accelerate
 from model import ACTIVATIONS, activation_parameters
 from recipe import Schedule
-from run import Busy, Diverged, Run, State, load_last, locked, save_last, write_start
+from run import Busy, Run, State, load_last, locked, save_last, write_start
 from studies.ablations import interval, spread
 from studies.networks import NETWORKS, SIDE, build
 
@@ -90,16 +90,19 @@ def run_cell(args, store: Store, cell: dict) -> int:
         with locked(folder):
             if done(args.out, cell):
                 return 0
-            run = start(args, store, cell, folder)
-            print(f"{run.args.network} {run.args.activation} seed {run.args.seed}: {run.kernels}", flush=True)
+            device = utils.pick_device(args.device)
+            run = start(store, folder, cell["network"], device, lambda net: make_optimizer(net, cell), [
+                "--seed", str(cell["seed"]), "--epochs", str(args.epochs), "--activation", cell["activation"],
+                "--lr", str(first_rate(cell["network"])), "--weight-decay", "1e-4",
+            ])
+            training, inputs = Loader(store, "train", device, padding=FRAME), Inputs(store, device)
             try:
-                with train.Signals() as signals:
-                    status = fit(run, signals)
-            except Diverged as error:
-                utils.append_line(args.out, cell | {"diverged": str(error)} | utils.environment(run.device))
-                return 0
+                status = fit(run, training, inputs, [rate(run.args.lr, e, args.epochs) for e in range(args.epochs)])
+                found = {} if status else result(run, inputs)
+            except utils.Diverged:
+                status, found = 0, {"diverged": run.state.step}
             if status == 0:
-                utils.append_line(args.out, cell | result(run) | utils.environment(run.device))
+                utils.append_line(args.out, cell | found | utils.environment(device))
             return status
     except Busy:
         return -1
@@ -109,29 +112,28 @@ def done(out: Path, cell: dict) -> bool:
     return any(all(entry[k] == cell[k] for k in KEY) for entry in utils.read_log(out))
 
 
-def start(args, store: Store, cell: dict, folder: Path) -> Run:
-    """The run of a cell, new or as its folder has it."""
+def start(store: Store, folder: Path, network: str, device: torch.device, optimizer_of, given: list[str]) -> Run:
+    """A run of one of networks.py's nets, new or as its folder has it, for fit(). given: options of train.py that say
+    how. optimizer_of(net) makes the optimiser, with a `scale` in each group."""
     resume = (folder / "last.pt").exists()
     if not resume:  # a process that was killed between the two files left one alone
         (folder / "config.json").unlink(missing_ok=True)
-    settled = options.make_parser().parse_args([
-        "--seed", str(cell["seed"]), "--epochs", str(cell["epochs"]), "--activation", cell["activation"],
-        "--lr", str(first_rate(cell["network"])), "--weight-decay", "1e-4", "--batch-size", "128", "--mean", "channel",
-        "--colour", "off", "--precision", "fp32",
+    args = options.make_parser().parse_args([
+        *given, "--batch-size", "128", "--mean", "channel", "--colour", "off", "--precision", "fp32",
     ])
-    settled.network, settled.image_size, settled.out, settled.resume = cell["network"], SIDE, folder, resume
-    device = utils.pick_device(args.device)
-    options.settle(settled, store, device, world=1)
-    utils.seed_all(settled.seed)
-    net = build(cell["network"], len(store.classes), cell["activation"])
+    args.network, args.image_size, args.out, args.resume = network, SIDE, folder, resume
+    options.settle(args, store, device, world=1)
+    utils.seed_all(args.seed)
+    net = build(network, len(store.classes), args.activation)
     net.to(device, memory_format=torch.channels_last)
     kernels = []
     accelerate(net, say=kernels.append)
-    run = Run(settled, store, device, 0, 1, net, make_optimizer(net, cell), State(),
-              Schedule(settled.lr, patience=settled.epochs), kernels[0], warned=True)  # its advice is for train.py
+    run = Run(args, store, device, 0, 1, net, optimizer_of(net), State(), Schedule(args.lr, patience=args.epochs),
+              kernels[0], warned=True)  # its advice is for train.py
     if resume:
         load_last(run)
     write_start(run)
+    print(f"{network}, {args.activation}, seed {args.seed}: {kernels[0]}", flush=True)
     return run
 
 
@@ -156,17 +158,17 @@ def make_optimizer(net: torch.nn.Module, cell: dict) -> torch.optim.SGD:
                            fused=True)
 
 
-def fit(run: Run, signals: train.Signals) -> int:
-    """Train to the last epoch. Returns 0, or 128 + the signal that stopped it."""
-    args, state, store = run.args, run.state, run.store
-    training, val = Loader(store, "train", run.device, padding=FRAME), Loader(store, "val", run.device)
-    inputs = Inputs(store, run.device)
-    while state.epoch < args.epochs:
-        run.schedule.lr = rate(args.lr, state.epoch, args.epochs)
+def fit(run: Run, training: Loader, inputs: Augment, rates: list[float]) -> int:
+    """Train, each epoch at its rate. Returns 0, or 128 + the signal that stopped it."""
+    args, state = run.args, run.state
+    val = Loader(run.store, "val", run.device)
+    while state.epoch < len(rates):
+        run.schedule.lr = rates[state.epoch]
         for group in run.optimizer.param_groups:
             group["lr"] = run.schedule.lr * group["scale"]
         began = time.monotonic()
-        sums, speed, stop = train.train_epoch(run, run.net, training, inputs, signals)
+        with train.Signals() as signals:
+            sums, speed, stop = train.train_epoch(run, run.net, training, inputs, signals)
         if stop:
             save_last(run, sums)
             return 128 + stop
@@ -181,12 +183,12 @@ def fit(run: Run, signals: train.Signals) -> int:
     return 0
 
 
-def result(run: Run) -> dict:
+def result(run: Run, inputs: Augment) -> dict:
     """What the file of results keeps of a finished run: errors in percent, and the values that the activations learnt
     in the end."""
     run.net.eval()
     test = Loader(run.store, "test", run.device)
-    _, top1, top5 = (utils.evaluate([(run.net, Inputs(run.store, run.device))], test) / len(test)).tolist()
+    _, top1, top5 = (utils.evaluate([(run.net, inputs)], test) / len(test)).tolist()
     log = utils.read_log(run.args.out / "log.jsonl")
     last = {name: log[-1].get(name, {}) for name in ("train_loss", "train_top1_error", "val_top1_error", "activations")}
     return {

@@ -23,11 +23,13 @@ NETWORKS = ("smallnet", "smallnet-bn", "nin", *(f"resnet{d}{form}" for form in (
 
 
 def build(network: str, num_classes: int = 10, act: str = "relu") -> nn.Module:
-    """One of NETWORKS, freshly initialised from torch's generator; its `config` rebuilds it. Raises ValueError for
-    other names."""
-    if network not in NETWORKS:
+    """One of NETWORKS, or "two-units", freshly initialised from torch's generator; its `config` names it. Raises
+    ValueError for other names."""
+    if network not in (*NETWORKS, "two-units"):
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, not {network!r}")
-    if network.startswith("smallnet"):
+    if network == "two-units":
+        net = TwoUnits(num_classes, act)
+    elif network.startswith("smallnet"):
         net = SmallNet(num_classes, act, batch_norm=network.endswith("bn"))
     elif network == "nin":
         net = NIN(num_classes, act)
@@ -156,9 +158,6 @@ class TwoUnits(nn.Module):
         self.units = nn.Linear(128 * 4 * 4, 2)
         self.act = activation(act)
         self.fc = nn.Linear(2, num_classes)
-        self.config = {
-            "network": "two-units", "num_classes": num_classes, "image_size": SIDE, "activation": act,
-        }
         init_weights(self)
 
     def embed(self, images: Tensor) -> Tensor:

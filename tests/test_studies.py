@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import options
-import run
 import train
 import utils
 from data import UserError
@@ -129,7 +128,7 @@ def test_ablations_note_a_run_that_diverged(store, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path)
 
     def diverge(argv):
-        raise run.Diverged("the loss is no longer finite at step 7")
+        raise utils.Diverged("the loss is no longer finite at step 7")
 
     monkeypatch.setattr(train, "main", diverge)
     assert ablations.main(["lrn", "--seeds", "1", "--dataset", "sample", "--out", str(tmp_path / "x.jsonl")]) == 0

@@ -1,0 +1,306 @@
+"""Pictures of runs, of train.py's and of studies.frelu's:
+
+    python -m studies.figures bias RUN              what each FReLU, SReLU or PReLU of a run learnt, over epochs
+    python -m studies.figures bias CHECKPOINT       the same of a checkpoint, printed
+    python -m studies.figures curves RUN RUN ...    training and validation error of several runs together
+    python -m studies.figures embedding             pictures as two units see them, ReLU beside FReLU
+
+RUN is a run's folder. The embedding trains the FReLU study's net for it by the recipe of the authors' code: pixels
+minus 127.5, divided by 128; batches of 128, momentum 0.9, weight decay 5e-4, a rate of 0.01, divided by 10 before
+epochs 40 and 62 of 78, or the same fractions of --epochs. It goes on where it was stopped. A unit that gives the same
+for all pictures is dead, and is reported; another --seed may do better.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import utils
+from data import UserError, sources
+from data.augment import Augment
+from data.cli import Parser, run_script, shown, whole
+from data.loader import Loader
+from data.pack import named_store
+from data.store import Store
+from model import ACTIVATIONS, activation, activation_parameters
+from run import locked
+from studies.frelu import fit, start
+from studies.networks import SIDE, build
+
+EPOCHS = 78  # of the embedding
+DROPS = (39, 61)  # epochs of 78 after which the rate falls
+LEGEND = 12  # layers that are told apart by a legend; more by a scale of colours
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    return {"bias": bias, "curves": curves, "embedding": embedding}[args.figure](args)
+
+
+# ---------------------------------------------------------------------------------------------- bias
+
+
+def bias(args) -> int:
+    """Print what the activations of a run or a checkpoint have learnt, and draw a run's over epochs."""
+    path = Path(args.run)
+    if not path.is_dir():
+        print_values(learnt_in(path), path)
+        return 0
+    log = [entry for entry in read_run(path) if entry.get("activations")]
+    if not log:
+        raise UserError(f"{path}: the log has no values of activations: only frelu, srelu and prelu learn one")
+    values = {name: [entry["activations"][name] for entry in log] for name in log[0]["activations"]}
+    print_values({name: found[-1] for name, found in values.items()}, path)
+    out = Path(args.out or path / "bias.png")
+    draw_bias(out, path, [entry["epoch"] for entry in log], values)
+    print(f"drawn: {shown(out)}")
+    return 0
+
+
+def learnt_in(path: Path) -> dict[str, float]:
+    """What the activations of a checkpoint have learnt, by layer."""
+    checkpoint = utils.load_checkpoint(path)
+    config = checkpoint["config"]
+    if "network" not in config:
+        return values_of(utils.build_net(checkpoint, path))
+    try:
+        net = build(config["network"], config["num_classes"], config["activation"])
+        net.load_state_dict(checkpoint["model"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: the weights do not fit the net: {utils.one_line(error)}") from None
+    return values_of(net)
+
+
+def values_of(net: torch.nn.Module) -> dict[str, float]:
+    return {name: parameter.item() for name, parameter in activation_parameters(net).items()}
+
+
+def print_values(values: dict[str, float], path: Path) -> None:
+    if not values:
+        raise UserError(f"{path}: its activations learn nothing: only frelu, srelu and prelu do")
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value:+.4f}")
+
+
+def draw_bias(out: Path, path: Path, epochs: list[int], values: dict[str, list[float]]) -> None:
+    """A line a layer, dark for the first ones, from where it started."""
+    name = arguments(path).get("activation", "")
+    began = list(values_of(activation(name)).values()) if name in ACTIVATIONS else []
+    figure, axes = new_figure(8, 4)
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(values)))
+    for (layer, found), colour in zip(values.items(), colours, strict=True):
+        axes.plot([0] * bool(began) + epochs, began + found, "-", lw=1.2, color=colour, label=layer)
+    if name != "prelu":
+        axes.axhline(0, color="0.4", ls=":", lw=1)
+    axes.set(xlabel="epoch", title=f"{label_of(path)}: what each {name} learnt",
+             ylabel="slope below 0" if name == "prelu" else "b of the layer (above 0 it harms)")
+    if len(values) <= LEGEND:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    else:
+        scale = axes.figure.colorbar(colour_scale(len(values)), ax=axes)
+        scale.set_label("activation, from the first to the last")
+    finish(figure, axes, out)
+
+
+def colour_scale(count: int):
+    from matplotlib import colors
+    from matplotlib.cm import ScalarMappable
+
+    viridis = colors.LinearSegmentedColormap.from_list("layers", ScalarMappable(cmap="viridis").to_rgba(
+        np.linspace(0, 0.9, 64), norm=False))
+    return ScalarMappable(colors.Normalize(1, count), viridis)
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def curves(args) -> int:
+    """Draw training and validation error of runs together."""
+    runs = {Path(name): read_run(Path(name)) for name in args.runs}
+    figure, axes = new_figure(8, 4.5)
+    for number, (path, log) in enumerate(runs.items()):
+        epochs, colour = [entry["epoch"] for entry in log], f"C{number % 10}"
+        axes.plot(epochs, [entry["train_top1_error"] for entry in log], "--", lw=1, color=colour)
+        axes.plot(epochs, [entry["val_top1_error"] for entry in log], "-", lw=1.5, color=colour, marker="o", ms=2.5,
+                  label=label_of(path, runs))
+    axes.plot([], [], "-", color="0.4", lw=1.5, label="validation")
+    axes.plot([], [], "--", color="0.4", lw=1, label="training")
+    axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, None))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    out = Path(args.out or next(iter(runs)) / "together.png")
+    finish(figure, axes, out)
+    print(f"drawn: {shown(out)}")
+    return 0
+
+
+def label_of(path: Path, others=()) -> str:
+    """A run's folder's name, with its parent's where others have the same."""
+    name = path.resolve().name
+    same = sum(other.resolve().name == name for other in others) > 1
+    return f"{path.resolve().parent.name}/{name}" if same else name
+
+
+# ---------------------------------------------------------------------------------------------- embedding
+
+
+def embedding(args) -> int:
+    """Train a net of two units for each activation, report them, draw what they make of the test pictures."""
+    store, device = named_store(args.dataset, size=SIDE), utils.pick_device(args.device)
+    found = {}
+    for act in args.activations:
+        folder = utils.CHECKPOINTS / "embedding" / f"{args.dataset}-{args.epochs}" / f"{act}-{args.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            run = start(store, folder, "two-units", device, plain_momentum, [
+                "--seed", str(args.seed), "--epochs", str(args.epochs), "--activation", act, "--lr", "0.01",
+                "--weight-decay", "5e-4", "--no-mirror",
+            ])
+            status = fit(run, Loader(store, "train", device), Inputs(device), rates(run.args.lr, args.epochs))
+        if status:
+            return status  # a signal stopped it; the next start goes on there
+        found[act] = embed(run.net, store, device)
+        print(f"{act}: {report(*found[act], run.net)}")
+    out = Path(args.out)
+    draw_embedding(out, found, store)
+    print(f"drawn: {shown(out)}")
+    return 0
+
+
+def plain_momentum(net: torch.nn.Module) -> torch.optim.SGD:
+    learnt = list(activation_parameters(net).values())
+    apart = {id(p) for p in learnt}
+    groups = [{"params": [p for p in net.parameters() if id(p) not in apart], "scale": 1.0, "weight_decay": 5e-4}]
+    groups += [{"params": learnt, "scale": 1.0, "weight_decay": 0.0}] * bool(learnt)
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=True)
+
+
+def rates(first: float, epochs: int) -> list[float]:
+    """The learning rate of each epoch."""
+    return [first / 10 ** sum(epoch * EPOCHS >= drop * epochs for drop in DROPS) for epoch in range(epochs)]
+
+
+class Inputs(Augment):
+    """Whole pictures, minus 127.5, divided by 128."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(SIDE, np.full((1, 1, 1), 127.5), device=device)
+
+    def _float(self, crops, out=None):
+        return super()._float(crops, out).div_(128)
+
+
+@torch.no_grad()
+def embed(net: torch.nn.Module, store: Store, device: torch.device) -> tuple[np.ndarray, np.ndarray, float]:
+    """Of the test pictures: the two units (n, 2), the labels (n,), and the top-1 error in percent."""
+    net.eval()
+    loader, inputs = Loader(store, "test", device), Inputs(device)
+    batches = np.array_split(np.arange(len(loader)), max(1, len(loader) // 250))
+    units, labels, wrong = [], [], 0
+    for images, truth in loader.batches(batches):
+        units.append(net.embed(inputs.center(images)))
+        labels.append(truth)
+        wrong += (net.fc(units[-1]).argmax(1) != truth).sum().item()
+    return torch.cat(units).cpu().numpy(), torch.cat(labels).cpu().numpy(), 100 * wrong / len(loader)
+
+
+def report(units: np.ndarray, labels: np.ndarray, error: float, net: torch.nn.Module) -> str:
+    dead = dead_units(units)
+    said = [f"test error {error:.2f}%", f"{len(dead) or 'no'} dead unit{'s' * (len(dead) != 1)}"]
+    said += [f"unit {number + 1} gives {units[0, number]:.3f} for all {len(units):,} pictures" for number in dead]
+    said += [f"b {value:.3f}" for value in values_of(net).values()]
+    return ", ".join(said)
+
+
+def dead_units(units: np.ndarray) -> list[int]:
+    """The units that give the same for all pictures."""
+    return [number for number in (0, 1) if np.ptp(units[:, number]) == 0]
+
+
+def draw_embedding(out: Path, found: dict, store: Store) -> None:
+    """A panel for each activation, a colour for each class."""
+    figure, panels = new_figure(4.6 * len(found) + 1.6, 4.4, len(found))
+    for axes, (act, (units, labels, error)) in zip(np.atleast_1d(panels), found.items(), strict=True):
+        for label, name in enumerate(store.classes):
+            mine = units[labels == label]
+            axes.plot(mine[:, 0], mine[:, 1], ".", ms=2, color=f"C{label % 10}", label=name if label < 20 else None)
+        dead = "".join(f"\nunit {number + 1} is dead" for number in dead_units(units))
+        axes.set(xlabel=f"first unit after its {act}", ylabel=f"second unit after its {act}",
+                 title=f"{act}, test error {error:.1f}%{dead}")
+        axes.grid(alpha=0.3)
+    figure.legend(*np.atleast_1d(panels)[0].get_legend_handles_labels(), loc="outside right center", markerscale=6,
+                  fontsize=8)
+    save(figure, out)
+
+
+# ---------------------------------------------------------------------------------------------- shared
+
+
+def read_run(path: Path) -> list[dict]:
+    """The log of a run's folder."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run; give the folder that holds its log.jsonl")
+    log = utils.read_log(path / "log.jsonl")
+    if not log:
+        raise UserError(f"{path} holds no log.jsonl with a finished epoch")
+    if any({"epoch", "train_top1_error", "val_top1_error"} - set(entry) for entry in log):
+        raise UserError(f"{path / 'log.jsonl'} is no log of a run")
+    return log
+
+
+def arguments(path: Path) -> dict:
+    """What a run was started with; nothing where its config.json is gone."""
+    try:
+        return json.loads((path / "config.json").read_text())["arguments"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def new_figure(width: float, height: float, panels: int = 1):
+    """A figure, in inches, and its panels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels)
+
+
+def finish(figure, axes, out: Path) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    save(figure, out)
+
+
+def save(figure, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with utils.replacing(out) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m studies.figures", description="Pictures of runs.")
+    kinds = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    one = kinds.add_parser("bias", help="what each activation learnt, over epochs or in a checkpoint")
+    one.add_argument("run", metavar="RUN|CHECKPOINT", help="a run's folder, or a .pt file")
+    one.add_argument("--out", metavar="FILE.png", help="default: RUN/bias.png")
+    one = kinds.add_parser("curves", help="training and validation error of several runs together")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    one.add_argument("--out", metavar="FILE.png", help="default: together.png in the first RUN")
+    one = kinds.add_parser("embedding", help="the test pictures as two units see them")
+    one.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
+    one.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=("relu", "frelu"), metavar="NAME",
+                     help="a panel each (default: relu frelu)")
+    one.add_argument("--epochs", type=whole(1), default=EPOCHS, metavar="N", help="default: %(default)s")
+    one.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
+    one.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    one.add_argument("--out", default="results/embedding.png", metavar="FILE.png", help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main)
