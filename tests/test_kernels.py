@@ -143,7 +143,12 @@ def test_dense_layers_leave_to_torch_what_they_must():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"columns": 2, "order": "2012"}, {"columns": 2, "lrn_across": True}, {"lrn": False}], ids=str
+    "options",
+    [
+        {}, {"columns": 2, "order": "2012"}, {"columns": 2, "lrn_across": True}, {"lrn": False},
+        *({"activation": name} for name in ("tanh", "elu", "prelu", "srelu", "frelu")),
+    ],
+    ids=str,
 )
 def test_a_net_computes_the_same_and_keeps_its_checkpoint(options):
     torch.manual_seed(0)
@@ -203,10 +208,11 @@ def test_only_its_input_is_kept_for_lrns_derivative():
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
-def test_torch_compile_takes_the_net_whole():
+@pytest.mark.parametrize("name", ["relu", "prelu", "srelu", "frelu"])
+def test_torch_compile_takes_the_net_whole(name):
     """No graph break; aot_eager traces forward and backward as torch.compile's own backend does, without a compiler."""
     torch.manual_seed(0)
-    net = accelerate(AlexNet(10, image_size=64, dropout=0), say=silent)
+    net = accelerate(AlexNet(10, image_size=64, dropout=0, activation=name), say=silent)
     images = 50 * torch.randn(4, 3, 64, 64)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     grads = []

@@ -1,0 +1,269 @@
+"""studies/frelu.py: the study's recipe, runs that stop and go on, the table."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_source
+from helpers import assert_same_state
+
+import train
+import utils
+from data import UserError, pack
+from run import locked
+from studies import frelu
+from studies.networks import build
+
+ARGUMENTS = ["--dataset", "sample", "--networks", "smallnet-bn", "--activations", "frelu", "--seeds", "1"]
+
+
+@pytest.fixture(scope="module")
+def small_pictures(tmp_path_factory):
+    """A store of 32 x 32: 4 classes, 300 training, 21 validation, 30 test pictures."""
+    return pack.pack(small_source(counts=(300, 21, 30)), tmp_path_factory.mktemp("stores") / "small-32", size=32)
+
+
+@pytest.fixture
+def home(small_pictures, tmp_path, monkeypatch):
+    """Where runs and results land."""
+    monkeypatch.setattr(frelu, "named_store", lambda name, size: small_pictures)
+    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path / "checkpoints")
+    return tmp_path
+
+
+def study(home, *more) -> int:
+    return frelu.main([*ARGUMENTS, "--out", str(home / "x.jsonl"), *more])
+
+
+def results(home) -> list[dict]:
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in utils.read_log(home / "x.jsonl")]
+
+
+def interrupt(monkeypatch, step: int, how) -> None:
+    """Have something happen after so many steps."""
+    real, taken = train.train_step, []
+
+    def counting(*args):
+        taken.append(1)
+        if len(taken) == step:
+            how()
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", counting)
+
+
+def test_the_rate_falls_where_the_study_says():
+    """Divided by 10 from epoch 81 and again from epoch 122 on, of 164 counted from 1; at the same fractions of others."""
+    found = [frelu.rate(0.1, epoch, 164) for epoch in range(164)]
+    assert found == [0.1] * 80 + [0.1 / 10] * 41 + [0.1 / 100] * 43
+    assert [frelu.rate(1, epoch, 6) for epoch in range(6)] == [1, 1, 1, 0.1, 0.1, 0.01]
+    assert [frelu.rate(1, epoch, 1) for epoch in range(1)] == [1]
+    assert [frelu.first_rate(n) for n in ("smallnet", "smallnet-bn", "nin", "resnet20", "resnet20-no-act")] == [
+        0.01, 0.1, 0.1, 0.1, 0.1
+    ]
+
+
+def test_the_update_is_nesterovs_written_out():
+    """v = 0.9 v + g, w = w - rate (g + 0.9 v), with g the gradient and 1e-4 w; what activations learn: no decay, b at
+    its own rate."""
+    torch.manual_seed(0)
+    net = build("smallnet-bn", 3, "frelu").double()
+    optimizer = frelu.make_optimizer(net, {"network": "smallnet-bn", "bias_rate": 0.1})
+    values = {name: p.detach().clone() for name, p in net.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in values.items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.03 * group["scale"]
+    for _ in range(5):
+        for name, p in net.named_parameters():
+            p.grad = torch.randn_like(p)
+            apart = name.startswith("act")
+            g = p.grad + (0 if apart else 1e-4 * values[name])
+            velocity[name] = 0.9 * velocity[name] + g
+            values[name] = values[name] - 0.03 * (0.1 if apart else 1) * (g + 0.9 * velocity[name])
+        optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), values[name], rtol=1e-12, atol=1e-12)
+    slopes = frelu.make_optimizer(build("nin", 3, "prelu"), {"network": "nin", "bias_rate": None}).param_groups[1]
+    assert (slopes["scale"], slopes["weight_decay"], slopes["lr"], len(slopes["params"])) == (1, 0, 0.1, 9)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inputs_are_normalised_colour_by_colour(channels, tmp_path):
+    """Mean 0 and deviation 1 over the training pixels of each colour, against numpy."""
+    source = small_source(shape=(32, 32, 3)[: 2 + (channels == 3)], counts=(150, 5, 5))
+    store = pack.pack(source, tmp_path / "s", size=32)
+    pixels = source.splits["train"].pictures.reshape(150, 32, 32, channels).astype(float)
+    expected = (pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
+    inputs = frelu.Inputs(store, torch.device("cpu"))
+    images, _ = store.split("train").read(np.arange(150))
+    found = inputs.center(torch.from_numpy(images))
+    assert found.shape == (150, 3, 32, 32)
+    for c in range(3):
+        np.testing.assert_allclose(found[:, c].numpy(), expected[..., c % channels], atol=1e-4)
+    torch.testing.assert_close(inputs.train(torch.from_numpy(images), np.zeros((150, 3))), found)
+
+
+def test_a_run_that_was_stopped_or_killed_is_the_unbroken_one(home, monkeypatch, capsys):
+    """SIGTERM in the midst of the second of three epochs; then a death without any notice in the third."""
+    assert study(home, "--epochs", "3") == 0
+    whole, log = home / "checkpoints" / "frelu" / "sample-3" / "smallnet-bn-frelu-0", results(home)
+    monkeypatch.setattr(utils, "CHECKPOINTS", home / "again")
+    (home / "x.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert study(home, "--epochs", "3") == 143
+    assert results(home) == []
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            study(home, "--epochs", "3")
+    assert study(home, "--epochs", "3") == 0
+    parts = home / "again" / "frelu" / "sample-3" / "smallnet-bn-frelu-0"
+    assert_same_state(whole, parts)
+    assert results(home) == log
+    timings = ("images_per_second", "stall", "seconds")
+    lines = [[{k: v for k, v in e.items() if k not in timings} for e in utils.read_log(f / "log.jsonl")]
+             for f in (whole, parts)]
+    assert lines[0] == lines[1]
+    assert [entry["lr"] for entry in lines[0]] == [0.1, 0.1, 0.1 / 10]
+    assert [entry["epoch"] for entry in lines[0]] == [1, 2, 3]
+    capsys.readouterr()
+    interrupt(monkeypatch, 1, raise_interrupt)
+    assert study(home, "--epochs", "3") == 0  # trains nothing
+    assert f"| smallnet-bn | **{log[0]['test_top1_error']:.2f}% (n = 1)** | - |" in capsys.readouterr().out
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_line_says_what_it_is_and_its_error_is_the_nets(home, small_pictures):
+    """The test error is that of the last epoch's net, over all test pictures; b as the checkpoint has it."""
+    assert study(home, "--epochs", "2") == 0
+    (line,) = results(home)
+    key = {"dataset": "sample", "epochs": 2, "network": "smallnet-bn", "activation": "frelu", "bias_rate": 0.1, "seed": 0}
+    assert {k: line[k] for k in key} == key
+    last = torch.load(home / "checkpoints/frelu/sample-2/smallnet-bn-frelu-0/last.pt", weights_only=True)
+    net = build("smallnet-bn", 4, "frelu")
+    net.load_state_dict(last["model"])
+    images, labels = small_pictures.split("test").read(np.arange(30))
+    with torch.no_grad():
+        logits = net.eval()(frelu.Inputs(small_pictures, torch.device("cpu")).center(torch.from_numpy(images)))
+    wrong = (logits.argmax(1).numpy() != labels).sum()
+    assert (line["test_top1_error"], line["test_images"]) == (pytest.approx(100 * wrong / 30), 30)
+    assert line["activations"] == {name: getattr(net, name).bias.item() for name in ("act1", "act2", "act3", "act4")}
+    assert all(value != -1 for value in line["activations"].values())
+    assert {"torch", "device", "threads", "commit", "val_top1_error", "train_top1_error"} <= set(line)
+
+
+def test_crops_come_out_of_a_frame(home, small_pictures, monkeypatch):
+    """The first batch's pictures are those of the tables, cut out of framed pictures; half of them mirrored."""
+    seen = []
+    monkeypatch.setattr(train, "train_step", lambda net, opt, pictures, *a: seen.append(pictures.clone()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        study(home, "--epochs", "1")
+    images, _ = small_pictures.split("train").read(np.arange(300))
+    framed = np.empty((300, 40, 40, 3), np.uint8)
+    framed[:] = small_pictures.mean.mean((0, 1)).round()
+    framed[:, 4:36, 4:36] = images
+    tables = train.epoch_tables(0, 0, 300, 8)
+    cut = []
+    for i in tables.order[:128]:
+        top, left = tables.offsets[i]
+        crop = framed[i, top : top + 32, left : left + 32]
+        cut.append(crop[:, ::-1] if tables.mirror[i] else crop)
+    expected = frelu.Inputs(small_pictures, torch.device("cpu")).center(torch.from_numpy(np.stack(cut)))
+    torch.testing.assert_close(seen[0], expected)
+    assert 40 < tables.mirror[tables.order[:128]].sum() < 90
+    assert {tuple(o) for o in tables.offsets} > {(0, 0), (8, 8)} or tables.offsets.max() == 8
+
+
+def test_a_run_that_diverges_is_noted_and_the_grid_goes_on(home, monkeypatch, capsys):
+    """Whether the loss or a weight is no longer finite first."""
+    real = frelu.build
+
+    def broken(network, classes, act):
+        net = real(network, classes, act)
+        if act == "srelu":
+            net.fc5.bias.data[0] = float("nan")
+        elif act == "elu":
+            net.norm1.running_var[0] = float("inf")
+        return net
+
+    monkeypatch.setattr(frelu, "build", broken)
+    monkeypatch.setattr("run.save_last", lambda run: None)  # of the start: there nothing is wrong but in this test
+    assert study(home, "--activations", "srelu", "elu", "relu", "--epochs", "1") == 0
+    assert [(e["activation"], e.get("diverged"), "test_top1_error" in e) for e in results(home)] == [
+        ("srelu", 2, False), ("elu", 2, False), ("relu", None, True)
+    ]
+    assert "| smallnet-bn | diverged (1 of 1) | diverged (1 of 1) | **" in capsys.readouterr().out
+
+
+def test_processes_share_a_grid(home, capsys):
+    """A run that another process is at is left to it; of no two runs the folder is the same."""
+    folder = home / "checkpoints/frelu/sample-1/smallnet-bn-frelu-0"
+    folder.mkdir(parents=True)
+    with locked(folder):
+        assert study(home, "--activations", "frelu", "relu", "--epochs", "1") == 0
+    assert [e["activation"] for e in results(home)] == ["relu"]
+    assert "left to other processes: 1 runs" in capsys.readouterr().out
+    assert study(home, "--activations", "frelu", "relu", "--epochs", "1", "--bias-rate", "0.5") == 0
+    assert study(home, "--activations", "frelu", "relu", "--epochs", "1") == 0
+    assert [(e["activation"], e["bias_rate"]) for e in results(home)] == [
+        ("relu", None), ("frelu", 0.5), ("frelu", 0.1)
+    ]
+    folders = sorted(f.name for f in (home / "checkpoints/frelu/sample-1").iterdir())
+    assert folders == ["smallnet-bn-frelu-0", "smallnet-bn-frelu-0-bias-rate-0.5", "smallnet-bn-relu-0"]
+
+
+def test_a_death_between_the_first_two_files_is_no_hindrance(home):
+    folder = home / "checkpoints/frelu/sample-1/smallnet-bn-frelu-0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert study(home, "--epochs", "1") == 0
+
+
+def entry(act, seed, error, network="nin"):
+    bias_rate = 0.1 if act in ("frelu", "srelu") else None
+    key = {"dataset": "cifar10", "epochs": 9, "network": network, "activation": act, "bias_rate": bias_rate}
+    return key | {"seed": seed} | ({"diverged": 7} if error is None else {"test_top1_error": error})
+
+
+def test_the_table_says_what_the_seeds_allow():
+    """The lowest mean in bold; differences paired by seed with Student's t: 4.30 x 0.1 / sqrt 3 = 0.25."""
+    args = frelu.make_parser().parse_args(
+        ["--dataset", "cifar10", "--epochs", "9", "--networks", "nin", "resnet20", "--activations", "relu", "elu",
+         "frelu", "prelu", "tanh"]
+    )
+    entries = [entry("relu", s, e) for s, e in enumerate((8.0, 9.0, 10.0))]
+    entries += [entry("frelu", s, e) for s, e in enumerate((7.0, 7.9, 9.1))]  # 1.0, 1.1, 0.9 less
+    entries += [entry("elu", s, e) for s, e in enumerate((7.2, 7.7, 9.2))]  # 0.2, -0.2, 0.1 more
+    entries += [entry("prelu", 0, 6.0, "resnet20"), entry("prelu", 1, 7.0, "resnet20"), entry("tanh", 0, None)]
+    entries += [entry("relu", 0, 1.0) | {"epochs": 8}, entry("frelu", 0, 1.0) | {"bias_rate": 1.0}]
+    lines = frelu.table(args, entries).splitlines()
+    assert lines[0] == "| net | relu | elu | frelu | prelu | tanh | worse than the lowest, in points |"
+    assert lines[2] == (
+        "| nin | 9.00% ± 1.00 (n = 3) | 8.03% ± 1.04 (n = 3) | **8.00% ± 1.05 (n = 3)** | not measured yet | "
+        "diverged (1 of 1) | relu +1.00 ± 0.25; elu +0.03 ± 0.52, within the spread |"
+    )
+    assert lines[3] == (
+        "| resnet20 | not measured yet | not measured yet | not measured yet | **6.50% ± 0.71 (n = 2)** | "
+        "not measured yet | - |"
+    )
+
+
+def test_a_file_of_another_kind_is_refused(home):
+    (home / "x.jsonl").write_text('{"cell": "base"}\n')
+    with pytest.raises(UserError, match="holds lines of another kind"):
+        study(home)
+
+
+@pytest.mark.parametrize("bad", [
+    ["--networks", "vgg"], ["--activations", "gelu"], ["--epochs", "0"], ["--seeds", "0"], ["--bias-rate", "0"],
+    ["--dataset", "mnist"], ["--networks"],
+])
+def test_bad_options_are_one_line(home, bad):
+    with pytest.raises(UserError, match=bad[0]):
+        study(home, *bad)
