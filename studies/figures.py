@@ -45,6 +45,8 @@ def main(argv=None) -> int:
 def bias(args) -> int:
     """Print what the activations of a run or a checkpoint have learnt, and draw a run's over epochs."""
     path = Path(args.run)
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint")
     if not path.is_dir():
         print_values(learnt_in(path), path)
         return 0

@@ -1,0 +1,191 @@
+"""studies/figures.py: what is drawn and printed is what the runs hold."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_source
+from helpers import run
+from PIL import Image
+
+import utils
+from data import UserError, pack
+from studies import figures, frelu
+from studies.networks import build
+
+
+@pytest.fixture(scope="module")
+def small_pictures(tmp_path_factory):
+    return pack.pack(small_source(counts=(300, 21, 30)), tmp_path_factory.mktemp("stores") / "small-32", size=32)
+
+
+@pytest.fixture(scope="module")
+def runs(store, small_pictures, tmp_path_factory):
+    """Two epochs of train.py with FReLU and with PReLU, and of the study's SmallNet with SReLU."""
+    home = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "CHECKPOINTS", home)
+        patch.setattr(frelu, "named_store", lambda name, size: small_pictures)
+        for act in ("frelu", "prelu"):
+            run(store, home / act, "--activation", act, "--epochs", "2", "--lr", "0.001")
+        frelu.main(["--dataset", "sample", "--networks", "smallnet", "--activations", "srelu", "--seeds", "1",
+                    "--epochs", "2", "--out", str(home / "x.jsonl")])
+        (home / "frelu/sample-2/smallnet-srelu-0").rename(home / "srelu")
+    return home
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    kept, real = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, out: (kept.append(figure), real(figure, out)))
+    return kept
+
+
+def lines_of(axes) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+
+
+@pytest.mark.parametrize("act", ["frelu", "srelu", "prelu"])
+def test_bias_of_a_run(runs, act, drawn, capsys):
+    """A line a layer, from its start over the epochs of log.jsonl; the last values printed."""
+    assert figures.main(["bias", str(runs / act)]) == 0
+    log = utils.read_log(runs / act / "log.jsonl")
+    start = 0.25 if act == "prelu" else -1
+    (axes,) = [a for a in drawn[0].axes if a.get_lines()]
+    found = lines_of(axes)
+    layers = list(log[0]["activations"])
+    for layer in layers:
+        values = [start, *(entry["activations"][layer] for entry in log)]
+        assert found[layer] == list(enumerate(values))
+    assert (axes.get_xlabel(), axes.get_legend() is not None) == ("epoch", True)
+    assert act in axes.get_title()
+    assert ("slope" in axes.get_ylabel()) == (act == "prelu")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed[:-1]] == [[n, f"{v:+.4f}"] for n, v in log[-1]["activations"].items()]
+    with Image.open(runs / act / "bias.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width <= 1000  # README's width
+
+
+@pytest.mark.parametrize("name", ["frelu/best.pt", "prelu/last.pt", "srelu/last.pt"])
+def test_bias_of_a_checkpoint(runs, name, capsys):
+    assert figures.main(["bias", str(runs / name)]) == 0
+    weights = torch.load(runs / name, weights_only=True)["model"]
+    kind = "weight" if "prelu" in name else "bias"
+    expected = {n: w.item() for n, w in weights.items() if n.startswith("act") and n.endswith(kind)}
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert printed == {name.rpartition(".")[0]: f"{value:+.4f}" for name, value in expected.items()}
+
+
+def test_many_layers_get_a_scale_of_colours(tmp_path, drawn):
+    values = {f"blocks.{i}.act1": [-1.0, -0.9 + i / 100] for i in range(40)}
+    figures.draw_bias(tmp_path / "x.png", tmp_path, [1, 2], values)
+    assert len(drawn[0].axes) == 2
+    assert "from the first to the last" in drawn[0].axes[1].get_ylabel()
+    assert drawn[0].axes[0].get_legend() is None
+
+
+def test_curves_of_several_runs(runs, drawn, capsys):
+    assert figures.main(["curves", str(runs / "frelu"), str(runs / "srelu"), "--out", str(runs / "a/b.png")]) == 0
+    (axes,) = drawn[0].axes
+    found = lines_of(axes)
+    for name in ("frelu", "srelu"):
+        log = utils.read_log(runs / name / "log.jsonl")
+        assert found[name] == [(e["epoch"], e["val_top1_error"]) for e in log]
+        train = [(e["epoch"], e["train_top1_error"]) for e in log]
+        assert any(list(zip(*line.get_data(), strict=True)) == train for line in axes.get_lines())
+    assert {"validation", "training"} <= set(found)
+    assert "%" in axes.get_ylabel()
+    assert "b.png" in capsys.readouterr().out
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    paths = [tmp_path / a / "nin-relu-0" for a in ("one", "two")]
+    assert [figures.label_of(p, paths) for p in paths] == ["one/nin-relu-0", "two/nin-relu-0"]
+
+
+def embed(home, small_pictures, monkeypatch, *more):
+    monkeypatch.setattr(utils, "CHECKPOINTS", home / "checkpoints")
+    monkeypatch.setattr(figures, "named_store", lambda name, size: small_pictures)
+    arguments = ["embedding", "--dataset", "sample", "--epochs", "1", "--out", str(home / "e.png"), *more]
+    return figures.main(arguments)
+
+
+def test_embedding(small_pictures, tmp_path, monkeypatch, drawn, capsys):
+    """A point a test picture, by class, at what the two units give; the printed error is the net's; a second call
+    trains nothing more."""
+    assert embed(tmp_path, small_pictures, monkeypatch) == 0
+    printed = capsys.readouterr().out
+    images, labels = small_pictures.split("test").read(np.arange(30))
+    panels = [axes for axes in drawn[0].axes if axes.get_lines()]
+    for axes, act in zip(panels, ("relu", "frelu"), strict=True):
+        last = torch.load(tmp_path / f"checkpoints/embedding/sample-1/{act}-0/last.pt", weights_only=True)
+        net = build("two-units", 4, act)
+        net.load_state_dict(last["model"])
+        inputs = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127.5) / 128
+        with torch.no_grad():
+            units = net.eval().embed(inputs)
+            wrong = (net(inputs).argmax(1).numpy() != labels).sum()
+        for label, points in enumerate(lines_of(axes).values()):
+            np.testing.assert_allclose(points, units[labels == label].numpy(), rtol=1e-3, atol=1e-4)
+        assert f"{act}: test error {100 * wrong / 30:.2f}%" in printed
+        assert act in axes.get_xlabel()
+        assert act in axes.get_ylabel()
+    assert len(drawn[0].legends[0].get_texts()) == 4
+    monkeypatch.setattr("train.train_step", None)
+    assert embed(tmp_path, small_pictures, monkeypatch) == 0
+
+
+def test_dead_units_are_reported(small_pictures, tmp_path, monkeypatch, drawn, capsys):
+    real = figures.start
+
+    def killing(*args):
+        run = real(*args)
+        run.net.units.bias.data[1] = -1e6
+        return run
+
+    monkeypatch.setattr(figures, "start", killing)
+    assert embed(tmp_path, small_pictures, monkeypatch, "--activations", "frelu") == 0
+    printed = capsys.readouterr().out
+    assert "1 dead unit, unit 2 gives -" in printed
+    assert "for all 30 pictures" in printed
+    assert "unit 2 is dead" in drawn[0].axes[0].get_title()
+    assert figures.dead_units(np.array([[0.0, 1.0], [0.0, 2.0]])) == [0]
+    assert figures.dead_units(np.array([[0.0, -1.0], [0.1, -1.0]])) == [1]
+
+
+def test_the_embeddings_recipe():
+    """Of 78 epochs the rate is divided by 10 from epoch 40 and from epoch 62 on; no Nesterov; b does not decay."""
+    assert figures.rates(0.01, 78) == [0.01] * 39 + [0.01 / 10] * 22 + [0.01 / 100] * 17
+    assert figures.rates(1, 2) == [1, 0.1]
+    optimizer = figures.plain_momentum(build("two-units", 10, "frelu"))
+    assert [(g["nesterov"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (False, 0.9, 5e-4), (False, 0.9, 0.0)
+    ]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["bias", "{home}/none"], "no such run or checkpoint"),
+    (["bias", "{home}"], r"holds no log\.jsonl"),
+    (["bias", "{home}/relu"], "only frelu, srelu and prelu learn one"),
+    (["bias", "{home}/relu/best.pt"], "its activations learn nothing"),
+    (["bias", "{home}/torn.pt"], "is damaged|no checkpoint"),
+    (["bias", "{home}/other.pt"], "the weights do not fit the net"),
+    (["bias", "{home}/odd"], "is no log of a run"),
+    (["curves", "{home}/none"], "no such run"),
+    (["curves"], "RUN"),
+    (["curves", "{home}/torn.pt"], "no such run"),
+    (["embedding", "--activations", "gelu"], "--activations"),
+    (["embedding", "--epochs", "0"], "--epochs"),
+    (["violin"], "FIGURE"),
+    ([], "FIGURE"),
+])
+def test_bad_input_is_one_line(runs, run_folder, tmp_path, arguments, message):
+    (tmp_path / "relu").symlink_to(run_folder)
+    (tmp_path / "torn.pt").write_bytes((runs / "frelu" / "best.pt").read_bytes()[:5000])
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "log.jsonl").write_text('{"cell": 1}\n')
+    foreign = torch.load(runs / "srelu" / "last.pt", weights_only=True)
+    torch.save(foreign | {"config": foreign["config"] | {"network": "nin"}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=message):
+        figures.main([a.format(home=tmp_path) for a in arguments])
