@@ -83,7 +83,9 @@ def make_parser() -> Parser:
     net.add_argument("--order", choices=ORDERS, default=ORDERS[0],
                      help="of ReLU, LRN and pooling; 2012: as in the authors' source, with its padding and its second "
                      "norm (default: %(default)s)")
-    net.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu", help="default: %(default)s")
+    net.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu",
+                     help="tanh: paper, figure 1; frelu is max(x, 0) + b, srelu max(x, b), with a learnable b a layer "
+                     "(default: %(default)s)")
     net.add_argument("--no-lrn", dest="lrn", action="store_false", help="leave LRN out (paper, section 3.3)")
     net.add_argument("--lrn-alpha", choices=LRN_ALPHAS, default=LRN_ALPHAS[0],
                      help="2012: divided by the channels summed, paper: as printed (default: %(default)s)")

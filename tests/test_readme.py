@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text()
 SETUP = "pip install -r requirements.txt && "
 PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
-    "studies.ablations": "studies.ablations", "benchmarks.step": "benchmarks.step", "benchmarks.lrn": "benchmarks.lrn",
+    "studies.ablations": "studies.ablations", "studies.frelu": "studies.frelu", "studies.figures": "studies.figures",
+    "benchmarks.step": "benchmarks.step", "benchmarks.lrn": "benchmarks.lrn",
     "benchmarks.loader": "benchmarks.loader", "benchmarks.pack": "benchmarks.pack",
     "checkpoints.convert": "checkpoints.convert",
 }

@@ -17,7 +17,7 @@ ALLOWED = {
     "model": set(),
     "kernels": {"model"},
     "data": {"data"},
-    "recipe": set(),
+    "recipe": {"model"},
     "utils": {"model", "data"},
     "options": {"model", "data", "utils"},
     "run": {"model", "data", "utils", "recipe"},
