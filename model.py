@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# By name: what makes one. In place where torch can; no other layer here needs what they overwrite.
+# How each is made. Two work in place: no other layer here needs what they overwrite.
 ACTIVATIONS = {
     "relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh, "elu": lambda: nn.ELU(inplace=True), "prelu": nn.PReLU,
     "srelu": lambda: SReLU(), "frelu": lambda: FReLU(),
@@ -213,8 +213,8 @@ def activation(name: str) -> nn.Module:
 
 
 class FReLU(nn.Module):
-    """Flexible ReLU (Qiu, Xu and Cai 2017, arXiv 1706.08098): max(x, 0) + b of x of any shape, with one learnable b,
-    from -1. b is rounded to x's dtype, as autocast does with weights."""
+    """Flexible ReLU (Qiu, Xu and Cai 2017, arXiv 1706.08098): max(x, 0) + b for float x of any shape. b is one
+    learnable number, -1 at the start; it is rounded to x's dtype, as weights are under autocast."""
 
     def __init__(self):
         super().__init__()
@@ -226,25 +226,28 @@ class FReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # one expression, which torch.compile makes one loop of
-            return x.clamp_min(0) + self.bias.to(x.dtype)
+            wide = x.to(torch.promote_types(x.dtype, self.bias.dtype))
+            return (wide.clamp_min(0) + self.bias).to(x.dtype)
         return _Rectify.apply(x, self.bias, True)
 
 
 class SReLU(FReLU):
-    """Shifted ReLU as in the same authors' code: max(x, b), with one learnable b, from -1. Otherwise like FReLU."""
+    """Shifted ReLU, as in the same authors' code: max(x, b). Otherwise like FReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return torch.where(x > self.bias.to(x.dtype), x, self.bias.to(x.dtype))
+            wide = x.to(torch.promote_types(x.dtype, self.bias.dtype))
+            return torch.where(wide <= self.bias, self.bias, wide).to(x.dtype)
         return _Rectify.apply(x, self.bias, False)
 
 
 class _Rectify(torch.autograd.Function):
-    """FReLU (flexible) or SReLU. The gradient passes to x where the output is above b. To b goes all of it, of SReLU
-    what does not pass, summed up.
+    """FReLU (flexible) or SReLU, for the gradient g that arrives:
 
-    Like a ReLU this keeps its output alone, which the next layer mostly keeps anyway. FReLU's must then be above b
-    wherever x is above 0, so x there counts as `step` at least: less would be lost in the sum with b.
+        grad x = g where the output is above b, else 0;   grad b = the sum of g, for SReLU where the output is b
+
+    Like a ReLU this keeps its output alone, which the next layer mostly keeps anyway. So FReLU's output has to be above
+    b wherever x is above 0: a smaller x is raised to `step`, or x + b could be rounded to b.
     """
 
     @staticmethod
@@ -269,7 +272,7 @@ class _Rectify(torch.autograd.Function):
 
 def activation_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The one learnable value of each FReLU, SReLU and PReLU in a net, by the module's name. They get no weight decay:
-    it would pull them to 0, where all three are a ReLU or nearly one (He et al. 2015, section 2, of PReLU)."""
+    it would pull them to 0, where all three are ReLUs (He et al. 2015, section 2.1, on PReLU)."""
     layers = {name: m for name, m in net.named_modules() if isinstance(m, FReLU | nn.PReLU)}
     return {name: m.weight if isinstance(m, nn.PReLU) else m.bias for name, m in layers.items()}
 

@@ -23,11 +23,9 @@ def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[d
     """Recipe 2012: biases learn at twice the rate and do not decay (2012 code: epsB, wc). Recipe paper: the text
     names one rate and one decay, so all weights and biases have both. What an activation learns has the weights' rate
     and never decays. `scale` times the schedule's rate is a group's rate."""
-    learnt = list(activation_parameters(net).values())
-    apart = {id(p) for p in learnt}
-    named = [(name, p) for name, p in net.named_parameters() if id(p) not in apart]
-    weights = [p for name, p in named if name.endswith("weight")]
-    others = [p for name, p in named if not name.endswith("weight")]
+    learnt, rest = split_off_activations(net)
+    weights = [p for name, p in rest.items() if name.endswith("weight")]
+    others = [p for name, p in rest.items() if not name.endswith("weight")]
     if recipe == "paper":
         groups = [{"params": weights + others, "scale": 1, "weight_decay": weight_decay}]
     else:
@@ -36,6 +34,13 @@ def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[d
             {"params": others, "scale": 2, "weight_decay": 0.0},
         ]
     return groups + [{"params": learnt, "scale": 1, "weight_decay": 0.0}] * bool(learnt)
+
+
+def split_off_activations(net: nn.Module) -> tuple[list[nn.Parameter], dict[str, nn.Parameter]]:
+    """What a net's activations learn, and all its other parameters by name."""
+    learnt = list(activation_parameters(net).values())
+    apart = {id(p) for p in learnt}
+    return learnt, {name: p for name, p in net.named_parameters() if id(p) not in apart}
 
 
 def set_rate(optimizer, lr: float) -> None:

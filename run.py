@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import utils
 from data import UserError
 from data.augment import Augment
 from data.store import Store
-from model import AlexNet, activation_parameters
+from model import activation_parameters
 from recipe import Schedule
 
 
@@ -43,7 +44,7 @@ class Run:
     device: torch.device
     rank: int
     world: int
-    net: AlexNet  # or one of studies/networks.py
+    net: nn.Module  # with a `config`
     optimizer: torch.optim.Optimizer
     state: State
     schedule: Schedule
@@ -201,15 +202,16 @@ def check_finite(run: Run, loss_sum: float) -> None:
 
 
 def watch_activations(run: Run) -> dict[str, float]:
-    """What each FReLU, SReLU and PReLU has learnt so far, for the log. Warns of each b that has turned positive: it
-    harms the training, say FReLU's authors, and should settle below 0."""
+    """What each FReLU, SReLU and PReLU has learnt so far, for the log. Warns once of each b that has turned positive:
+    FReLU's authors watch for that."""
     values = {name: parameter.item() for name, parameter in activation_parameters(run.net).items()}
     if run.net.config.get("activation") in ("frelu", "srelu"):
         turned = [name for name, value in values.items() if value > 0 and name not in run.positive]
         run.positive.update(turned)
-        for name in turned:
-            run.warn(f"the b of {name} has turned positive, {values[name]:.3f}, which harms the training: try a lower "
-                     "--lr, or another --activation")
+        if turned:
+            shown = ", ".join(f"{name} ({values[name]:.3f})" for name in turned)
+            run.warn(f"b has turned positive in {shown}. That harms the training, say FReLU's authors: b should settle "
+                     "below 0. A lower learning rate may help")
     return values
 
 

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +194,8 @@ def _missing(checkpoint) -> list[str]:
 
 def build_net(checkpoint: dict, path: str | Path) -> torch.nn.Module:
     """The net of a checkpoint with its weights: AlexNet, or torchvision_net's where it was converted from there."""
+    if "network" in checkpoint["config"]:
+        raise UserError(f"{path} is no AlexNet but a net of studies/networks.py: {checkpoint['config']['network']}")
     try:
         config = checkpoint["config"]
         net = torchvision_net(config) if "net" in config else AlexNet(**config)
@@ -281,8 +283,9 @@ def _cpu_name() -> str:
 def append_line(path: Path, entry: dict) -> None:
     """Add one JSON line to a log and bring it to the disk."""
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with open(path, "ab+") as file:
+            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a crash, or a full disk
+            file.write(b"\n" * bool(torn) + json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -290,15 +293,13 @@ def append_line(path: Path, entry: dict) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log; a last line that a crash cut off is left out."""
+    """The lines of a log; one that a crash cut off is left out."""
     if not path.exists():
         return []
     entries = []
     for line in path.read_text().splitlines():
-        try:
+        with suppress(ValueError):
             entries.append(json.loads(line))
-        except ValueError:
-            break
     return entries
 
 

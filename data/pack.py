@@ -327,7 +327,8 @@ def named_store(name: str, download: bool | None = True, size: int | None = None
     if path.exists():
         return Store(path)
     if download is None:
-        raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {name}")
+        how = f"{name} --size {size} --out {shown(path)}" if size else name
+        raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {how}")
     return pack(sources.find(name, download), path, size=size, workers=len(os.sched_getaffinity(0)))
 
 

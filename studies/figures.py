@@ -7,8 +7,9 @@
 
 RUN is a run's folder. The embedding trains the FReLU study's net for it by the recipe of the authors' code: pixels
 minus 127.5, divided by 128; batches of 128, momentum 0.9, weight decay 5e-4, a rate of 0.01, divided by 10 before
-epochs 40 and 62 of 78, or the same fractions of --epochs. It goes on where it was stopped. A unit that gives the same
-for all pictures is dead, and is reported; another --seed may do better.
+epochs 40 and 62 of 78, or the same fractions of --epochs. (Theirs takes pictures of 28 pixels, all 60,000 of them, and
+lets b decay; here they have 32, 5,000 are for validation, and b does not decay.) It goes on where it was stopped. A
+unit that gives the same for all pictures is dead, and is reported; another --seed may do better.
 """
 
 import json
@@ -19,19 +20,20 @@ import torch
 
 import utils
 from data import UserError, sources
-from data.augment import Augment
 from data.cli import Parser, run_script, shown, whole
 from data.loader import Loader
 from data.pack import named_store
 from data.store import Store
 from model import ACTIVATIONS, activation, activation_parameters
-from run import locked
-from studies.frelu import fit, start
+from recipe import split_off_activations
+from run import Busy, locked
+from studies.frelu import Inputs, falling_rates, fit, start
 from studies.networks import SIDE, build
+from train import Signals
 
 EPOCHS = 78  # of the embedding
 DROPS = (39, 61)  # epochs of 78 after which the rate falls
-LEGEND = 12  # layers that are told apart by a legend; more by a scale of colours
+LEGEND = 20  # layers or classes that are told apart by a legend; more by a scale of colours
 
 
 def main(argv=None) -> int:
@@ -48,6 +50,8 @@ def bias(args) -> int:
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     if not path.is_dir():
+        if args.out:
+            raise UserError("--out: what a checkpoint holds is printed, not drawn; for a picture give the run's folder")
         print_values(learnt_in(path), path)
         return 0
     log = [entry for entry in read_run(path) if entry.get("activations")]
@@ -88,34 +92,22 @@ def print_values(values: dict[str, float], path: Path) -> None:
 
 
 def draw_bias(out: Path, path: Path, epochs: list[int], values: dict[str, list[float]]) -> None:
-    """A line a layer, dark for the first ones, from where it started."""
-    name = arguments(path).get("activation", "")
-    began = list(values_of(activation(name)).values()) if name in ACTIVATIONS else []
+    """A line a layer, from where it started, but for runs that took over weights."""
+    given = arguments(path)
+    name = given.get("activation", "")
+    began = list(values_of(activation(name)).values()) if name in ACTIVATIONS and not given.get("init") else []
     figure, axes = new_figure(8, 4)
-    from matplotlib import colormaps
-
-    colours = colormaps["viridis"](np.linspace(0, 0.9, len(values)))
-    for (layer, found), colour in zip(values.items(), colours, strict=True):
-        axes.plot([0] * bool(began) + epochs, began + found, "-", lw=1.2, color=colour, label=layer)
+    for (layer, found), colour in zip(values.items(), colours("viridis", len(values)), strict=True):
+        axes.plot([0] * bool(began) + epochs, began + found, ".-", lw=1.2, color=colour, label=layer)
     if name != "prelu":
         axes.axhline(0, color="0.4", ls=":", lw=1)
     axes.set(xlabel="epoch", title=f"{label_of(path)}: what each {name} learnt",
-             ylabel="slope below 0" if name == "prelu" else "b of the layer (above 0 it harms)")
+             ylabel="slope below 0" if name == "prelu" else "b (should settle below 0)")
     if len(values) <= LEGEND:
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        beside(axes)
     else:
-        scale = axes.figure.colorbar(colour_scale(len(values)), ax=axes)
-        scale.set_label("activation, from the first to the last")
+        scale_of_colours(figure, axes, "viridis", len(values), "activation, from the first to the last")
     finish(figure, axes, out)
-
-
-def colour_scale(count: int):
-    from matplotlib import colors
-    from matplotlib.cm import ScalarMappable
-
-    viridis = colors.LinearSegmentedColormap.from_list("layers", ScalarMappable(cmap="viridis").to_rgba(
-        np.linspace(0, 0.9, 64), norm=False))
-    return ScalarMappable(colors.Normalize(1, count), viridis)
 
 
 # ---------------------------------------------------------------------------------------------- curves
@@ -125,15 +117,15 @@ def curves(args) -> int:
     """Draw training and validation error of runs together."""
     runs = {Path(name): read_run(Path(name)) for name in args.runs}
     figure, axes = new_figure(8, 4.5)
-    for number, (path, log) in enumerate(runs.items()):
-        epochs, colour = [entry["epoch"] for entry in log], f"C{number % 10}"
-        axes.plot(epochs, [entry["train_top1_error"] for entry in log], "--", lw=1, color=colour)
-        axes.plot(epochs, [entry["val_top1_error"] for entry in log], "-", lw=1.5, color=colour, marker="o", ms=2.5,
+    for (path, log), colour in zip(runs.items(), colours("turbo", len(runs)), strict=True):
+        epochs = [entry["epoch"] for entry in log]
+        axes.plot(epochs, [entry["train_top1_error"] for entry in log], ".--", lw=1, ms=3, color=colour)
+        axes.plot(epochs, [entry["val_top1_error"] for entry in log], "o-", lw=1.5, ms=3, color=colour,
                   label=label_of(path, runs))
-    axes.plot([], [], "-", color="0.4", lw=1.5, label="validation")
-    axes.plot([], [], "--", color="0.4", lw=1, label="training")
-    axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, None))
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.plot([], [], "o-", color="0.4", lw=1.5, ms=3, label="validation")
+    axes.plot([], [], ".--", color="0.4", lw=1, ms=3, label="training (dropout, random crops)")
+    axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
+    beside(axes)
     out = Path(args.out or next(iter(runs)) / "together.png")
     finish(figure, axes, out)
     print(f"drawn: {shown(out)}")
@@ -153,54 +145,54 @@ def label_of(path: Path, others=()) -> str:
 def embedding(args) -> int:
     """Train a net of two units for each activation, report them, draw what they make of the test pictures."""
     store, device = named_store(args.dataset, size=SIDE), utils.pick_device(args.device)
+    utils.settle_arithmetic()
     found = {}
     for act in args.activations:
         folder = utils.CHECKPOINTS / "embedding" / f"{args.dataset}-{args.epochs}" / f"{act}-{args.seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            run = start(store, folder, "two-units", device, plain_momentum, [
-                "--seed", str(args.seed), "--epochs", str(args.epochs), "--activation", act, "--lr", "0.01",
-                "--weight-decay", "5e-4", "--no-mirror",
-            ])
-            status = fit(run, Loader(store, "train", device), Inputs(device), rates(run.args.lr, args.epochs))
-        if status:
-            return status  # a signal stopped it; the next start goes on there
-        found[act] = embed(run.net, store, device)
-        print(f"{act}: {report(*found[act], run.net)}")
+        try:
+            with locked(folder), Signals() as signals:
+                net = train_embedding(args, store, folder, act, device, signals)
+        except Busy:
+            raise UserError(f"another process is training {shown(folder)}; wait for it") from None
+        except utils.Diverged as error:
+            raise UserError(f"{act} diverged: {error}. Another --seed may do better") from None
+        if net is None:
+            return 128 + signals.received
+        found[act] = embed(net, store, device)
+        print(f"{act}: {report(act, net, *found[act])}")
     out = Path(args.out)
     draw_embedding(out, found, store)
     print(f"drawn: {shown(out)}")
     return 0
 
 
+def train_embedding(args, store: Store, folder: Path, act: str, device, signals: Signals) -> torch.nn.Module | None:
+    """The trained net; None where a signal came first."""
+    run = start(store, folder, "two-units", device, plain_momentum, [
+        "--seed", str(args.seed), "--epochs", str(args.epochs), "--activation", act, "--lr", "0.01",
+        "--weight-decay", "5e-4", "--no-mirror",
+    ])
+    rates = falling_rates(run.args.lr, args.epochs, DROPS, EPOCHS)
+    return run.net if fit(run, Loader(store, "train", device), inputs_for(device), rates, signals) else None
+
+
 def plain_momentum(net: torch.nn.Module) -> torch.optim.SGD:
-    learnt = list(activation_parameters(net).values())
-    apart = {id(p) for p in learnt}
-    groups = [{"params": [p for p in net.parameters() if id(p) not in apart], "scale": 1.0, "weight_decay": 5e-4}]
+    learnt, rest = split_off_activations(net)
+    groups = [{"params": list(rest.values()), "scale": 1.0, "weight_decay": 5e-4}]
     groups += [{"params": learnt, "scale": 1.0, "weight_decay": 0.0}] * bool(learnt)
     return torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=True)
 
 
-def rates(first: float, epochs: int) -> list[float]:
-    """The learning rate of each epoch."""
-    return [first / 10 ** sum(epoch * EPOCHS >= drop * epochs for drop in DROPS) for epoch in range(epochs)]
-
-
-class Inputs(Augment):
-    """Whole pictures, minus 127.5, divided by 128."""
-
-    def __init__(self, device: torch.device):
-        super().__init__(SIDE, np.full((1, 1, 1), 127.5), device=device)
-
-    def _float(self, crops, out=None):
-        return super()._float(crops, out).div_(128)
+def inputs_for(device: torch.device) -> Inputs:
+    return Inputs(np.full((1, 1, 1), 127.5), 128, device)
 
 
 @torch.no_grad()
 def embed(net: torch.nn.Module, store: Store, device: torch.device) -> tuple[np.ndarray, np.ndarray, float]:
     """Of the test pictures: the two units (n, 2), the labels (n,), and the top-1 error in percent."""
     net.eval()
-    loader, inputs = Loader(store, "test", device), Inputs(device)
+    loader, inputs = Loader(store, "test", device), inputs_for(device)
     batches = np.array_split(np.arange(len(loader)), max(1, len(loader) // 250))
     units, labels, wrong = [], [], 0
     for images, truth in loader.batches(batches):
@@ -210,11 +202,11 @@ def embed(net: torch.nn.Module, store: Store, device: torch.device) -> tuple[np.
     return torch.cat(units).cpu().numpy(), torch.cat(labels).cpu().numpy(), 100 * wrong / len(loader)
 
 
-def report(units: np.ndarray, labels: np.ndarray, error: float, net: torch.nn.Module) -> str:
+def report(act: str, net: torch.nn.Module, units: np.ndarray, labels: np.ndarray, error: float) -> str:
     dead = dead_units(units)
     said = [f"test error {error:.2f}%", f"{len(dead) or 'no'} dead unit{'s' * (len(dead) != 1)}"]
     said += [f"unit {number + 1} gives {units[0, number]:.3f} for all {len(units):,} pictures" for number in dead]
-    said += [f"b {value:.3f}" for value in values_of(net).values()]
+    said += [f"{'slope' if act == 'prelu' else 'b'} {value:.3f}" for value in values_of(net).values()]
     return ", ".join(said)
 
 
@@ -225,17 +217,20 @@ def dead_units(units: np.ndarray) -> list[int]:
 
 def draw_embedding(out: Path, found: dict, store: Store) -> None:
     """A panel for each activation, a colour for each class."""
-    figure, panels = new_figure(4.6 * len(found) + 1.6, 4.4, len(found))
-    for axes, (act, (units, labels, error)) in zip(np.atleast_1d(panels), found.items(), strict=True):
-        for label, name in enumerate(store.classes):
+    figure, panels = new_figure(4 * len(found) + 1.5, 4.2, len(found))
+    panels, count = np.atleast_1d(panels), len(store.classes)
+    for axes, (act, (units, labels, error)) in zip(panels, found.items(), strict=True):
+        for label, (name, colour) in enumerate(zip(store.classes, colours("turbo", count), strict=True)):
             mine = units[labels == label]
-            axes.plot(mine[:, 0], mine[:, 1], ".", ms=2, color=f"C{label % 10}", label=name if label < 20 else None)
+            axes.plot(mine[:, 0], mine[:, 1], ".", ms=2, color=colour, label=name)
         dead = "".join(f"\nunit {number + 1} is dead" for number in dead_units(units))
         axes.set(xlabel=f"first unit after its {act}", ylabel=f"second unit after its {act}",
                  title=f"{act}, test error {error:.1f}%{dead}")
         axes.grid(alpha=0.3)
-    figure.legend(*np.atleast_1d(panels)[0].get_legend_handles_labels(), loc="outside right center", markerscale=6,
-                  fontsize=8)
+    if count <= LEGEND:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", markerscale=6, fontsize=8)
+    else:
+        scale_of_colours(figure, panels[-1], "turbo", count, "class")
     save(figure, out)
 
 
@@ -272,6 +267,33 @@ def new_figure(width: float, height: float, panels: int = 1):
     return figure, figure.subplots(1, panels)
 
 
+def colours(name: str, count: int) -> list:
+    """So many colours: the ten usual ones where they do, else even steps of a colormap."""
+    if count <= 10 and name != "viridis":
+        return [f"C{number}" for number in range(count)]
+    return list(colormap(name)(np.linspace(0, 1, count)))
+
+
+def colormap(name: str):
+    """viridis without its lightest end, which is hard to see on white; others whole."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps[name](np.linspace(0, 0.9 if name == "viridis" else 1, 256)))
+
+
+def scale_of_colours(figure, axes, name: str, count: int, label: str) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure.colorbar(ScalarMappable(Normalize(1, count), colormap(name)), ax=axes).set_label(label)
+
+
+def beside(axes) -> None:
+    """The legend, to the right of the panel."""
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
 def finish(figure, axes, out: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -281,7 +303,7 @@ def finish(figure, axes, out: Path) -> None:
 def save(figure, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with utils.replacing(out) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=100)
 
 
 def make_parser() -> Parser:

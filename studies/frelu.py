@@ -1,20 +1,19 @@
 """Which activation should a plain net, a net with batch norm, a residual net use? Nets x activations x seeds:
 
     python -m studies.frelu                                      SmallNet, with and without batch norm: 30 runs
-    python -m studies.frelu --dataset cifar10 --networks nin resnet20 resnet20-no-act --seeds 5
+    python -m studies.frelu --dataset cifar10 --networks nin resnet20 resnet20-no-act-after-add --seeds 5
     python -m studies.frelu --dataset fashion-mnist --epochs 6   the schedule shortened, 164 epochs to 6
 
 The recipe is that of the FReLU study (Qiu, Xu and Cai 2017): pictures of 32 x 32, minus the mean and divided by the
 deviation of each colour, crops out of a frame of 4 pixels, mirrored or not; batches of 128, Nesterov momentum 0.9,
 weight decay 1e-4 (none on what an activation learns), a rate of 0.01, or 0.1 with batch norm, divided by 10 before
-epochs 81 and 122 of 164, or the same fractions of --epochs. FReLU's and SReLU's b learn at a tenth of that rate, as in
-the authors' train.lua; with --bias-rate 1 and ten classes FReLU with batch norm diverges. The test error is that of the
-net after the last epoch; nothing is chosen by it. The validation images, 5,000 that a named set sets aside, are looked
-at only.
+epochs 81 and 122 of 164, or the same fractions of --epochs. FReLU's and SReLU's b learn at a tenth of that rate; the
+authors' train.lua does that for FReLU, in one of its versions until the rate falls. The test error is that of the net
+after the last epoch; nothing is chosen by it. The validation images that a named set sets aside are looked at only.
 
 A run's folder lies under checkpoints/frelu/ and has a log that studies.figures draws. A finished run is a line in --out
-and is not run again; one that was stopped, however, goes on where it was. Several processes can share an --out: each
-takes runs that no other has. The table is printed last; --epochs and data sets are not mixed in it.
+and is not run again; one that was stopped goes on where it was, in any way that it was stopped. Several processes can
+share an --out: each takes runs that no other has. The table is printed last, of runs with this --dataset and --epochs.
 """
 
 import statistics
@@ -33,9 +32,10 @@ from data.loader import Loader
 from data.pack import named_store
 from data.store import Store
 from kernels import accelerate
-from model import ACTIVATIONS, activation_parameters
-from recipe import Schedule
+from model import ACTIVATIONS
+from recipe import Schedule, split_off_activations
 from run import Busy, Run, State, load_last, locked, save_last, write_start
+from start import NET_OPTIONS
 from studies.ablations import interval, spread
 from studies.networks import NETWORKS, SIDE, build
 
@@ -55,17 +55,17 @@ def main(argv=None) -> int:
         raise UserError(f"{args.out} holds lines of another kind; name another --out")
     store = named_store(args.dataset, size=SIDE)
     utils.settle_arithmetic()
-    busy = []
+    busy = 0
     for seed in range(args.seeds):
         for network in args.networks:
             for act in args.activations:
                 status = run_cell(args, store, cell_of(args, network, act, seed))
                 if status > 0:
                     return status  # a signal stopped it; the next start goes on there
-                busy += [network] if status < 0 else []
+                busy += status < 0
     print(table(args, utils.read_log(args.out)))
     if busy:
-        print(f"\nleft to other processes: {len(busy)} runs")
+        print(f"\nruns left to other processes: {busy}")
     return 0
 
 
@@ -94,16 +94,17 @@ def run_cell(args, store: Store, cell: dict) -> int:
             run = start(store, folder, cell["network"], device, lambda net: make_optimizer(net, cell), [
                 "--seed", str(cell["seed"]), "--epochs", str(args.epochs), "--activation", cell["activation"],
                 "--lr", str(first_rate(cell["network"])), "--weight-decay", "1e-4",
-            ])
-            training, inputs = Loader(store, "train", device, padding=FRAME), Inputs(store, device)
-            try:
-                status = fit(run, training, inputs, [rate(run.args.lr, e, args.epochs) for e in range(args.epochs)])
-                found = {} if status else result(run, inputs)
-            except utils.Diverged:
-                status, found = 0, {"diverged": run.state.step}
-            if status == 0:
+            ], bias_rate=cell["bias_rate"], nesterov=True, frame=FRAME)
+            training, inputs = Loader(store, "train", device, padding=FRAME), Inputs(*moments(store), device)
+            with train.Signals() as signals:
+                try:
+                    finished = fit(run, training, inputs, falling_rates(run.args.lr, args.epochs), signals)
+                    found = result(run, inputs) if finished else None
+                except utils.Diverged:
+                    found = {"diverged": run.state.step}
+            if found:
                 utils.append_line(args.out, cell | found | utils.environment(device))
-            return status
+            return 128 + signals.received if signals.received else 0
     except Busy:
         return -1
 
@@ -112,9 +113,11 @@ def done(out: Path, cell: dict) -> bool:
     return any(all(entry[k] == cell[k] for k in KEY) for entry in utils.read_log(out))
 
 
-def start(store: Store, folder: Path, network: str, device: torch.device, optimizer_of, given: list[str]) -> Run:
+def start(
+    store: Store, folder: Path, network: str, device: torch.device, optimizer_of, given: list[str], **noted
+) -> Run:
     """A run of one of networks.py's nets, new or as its folder has it, for fit(). given: options of train.py that say
-    how. optimizer_of(net) makes the optimiser, with a `scale` in each group."""
+    how. noted: what else config.json says of it. optimizer_of(net) makes the optimiser, each group with a `scale`."""
     resume = (folder / "last.pt").exists()
     if not resume:  # a process that was killed between the two files left one alone
         (folder / "config.json").unlink(missing_ok=True)
@@ -123,13 +126,16 @@ def start(store: Store, folder: Path, network: str, device: torch.device, optimi
     ])
     args.network, args.image_size, args.out, args.resume = network, SIDE, folder, resume
     options.settle(args, store, device, world=1)
+    for name in {*NET_OPTIONS, "recipe", "patience", "init", "kernels"} - {"activation"}:
+        delattr(args, name)  # AlexNet's, or train.py's
+    vars(args).update(noted)
     utils.seed_all(args.seed)
     net = build(network, len(store.classes), args.activation)
     net.to(device, memory_format=torch.channels_last)
     kernels = []
     accelerate(net, say=kernels.append)
     run = Run(args, store, device, 0, 1, net, optimizer_of(net), State(), Schedule(args.lr, patience=args.epochs),
-              kernels[0], warned=True)  # its advice is for train.py
+              kernels[0], warned=True)  # what it would say of a plateau is for train.py
     if resume:
         load_last(run)
     write_start(run)
@@ -142,36 +148,38 @@ def first_rate(network: str) -> float:
     return 0.01 if network == "smallnet" else 0.1
 
 
-def rate(first: float, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch, counted from 0."""
-    return first / 10 ** sum(epoch * EPOCHS >= drop * epochs for drop in DROPS)
+def falling_rates(first: float, epochs: int, drops: tuple[int, ...] = DROPS, of: int = EPOCHS) -> list[float]:
+    """Each epoch's learning rate: it falls after `drops` epochs of `of`, or after the same fractions of `epochs`."""
+    return [first / 10 ** sum(epoch * of >= drop * epochs for drop in drops) for epoch in range(epochs)]
 
 
 def make_optimizer(net: torch.nn.Module, cell: dict) -> torch.optim.SGD:
     """Two groups; their `scale` times the schedule's rate is their rate."""
-    learnt = list(activation_parameters(net).values())
-    apart = {id(p) for p in learnt}
-    groups = [{"params": [p for p in net.parameters() if id(p) not in apart], "scale": 1.0}]
+    learnt, rest = split_off_activations(net)
+    groups = [{"params": list(rest.values()), "scale": 1.0}]
     if learnt:
         groups.append({"params": learnt, "scale": cell["bias_rate"] or 1.0, "weight_decay": 0.0})
     return torch.optim.SGD(groups, lr=first_rate(cell["network"]), momentum=0.9, nesterov=True, weight_decay=1e-4,
                            fused=True)
 
 
-def fit(run: Run, training: Loader, inputs: Augment, rates: list[float]) -> int:
-    """Train, each epoch at its rate. Returns 0, or 128 + the signal that stopped it."""
+def fit(run: Run, training: Loader, inputs: Augment, rates: list[float], signals: train.Signals) -> bool:
+    """Train, each epoch at its rate. Returns whether all of them are done; if not, a signal has stopped it, and
+    last.pt has how far it came."""
     args, state = run.args, run.state
     val = Loader(run.store, "val", run.device)
     while state.epoch < len(rates):
+        if signals.received:
+            return False
         run.schedule.lr = rates[state.epoch]
         for group in run.optimizer.param_groups:
             group["lr"] = run.schedule.lr * group["scale"]
         began = time.monotonic()
-        with train.Signals() as signals:
-            sums, speed, stop = train.train_epoch(run, run.net, training, inputs, signals)
+        sums, speed, stop = train.train_epoch(run, run.net, training, inputs, signals)
         if stop:
             save_last(run, sums)
-            return 128 + stop
+            print(f"stopped at step {state.step}; the same command goes on from there", flush=True)
+            return False
         entry = train.measure(run, val, inputs, sums) | speed | {"seconds": time.monotonic() - began}
         state.epoch, state.loss_sum, state.wrong = state.epoch + 1, 0.0, 0.0
         state.best = min(state.best, entry["val_top1_error"])
@@ -180,7 +188,7 @@ def fit(run: Run, training: Loader, inputs: Augment, rates: list[float]) -> int:
               f"val error {val_error:.2f}%  {entry['images_per_second']:.0f} images/s", flush=True)
         utils.append_line(args.out / "log.jsonl", entry)
         save_last(run)
-    return 0
+    return True
 
 
 def result(run: Run, inputs: Augment) -> dict:
@@ -198,24 +206,29 @@ def result(run: Run, inputs: Augment) -> dict:
 
 
 class Inputs(Augment):
-    """Augment's inputs, with each colour divided by its standard deviation over the training pixels."""
+    """Augment's inputs: pictures minus the mean of each colour, (1, 1, C), and divided by `scale`, (C,)."""
 
-    def __init__(self, store: Store, device: torch.device):
-        super().__init__(SIDE, store.mean.mean((0, 1), keepdims=True), device=device)
-        pca = store.manifest["pca"]  # of the colours' covariance, whose diagonal is wanted
-        vectors, values = torch.tensor(pca["eigenvectors"]), torch.tensor(pca["eigenvalues"])
-        self.deviation = (values[:, None] * vectors**2).sum(0).sqrt().to(self.device)
+    def __init__(self, mean, scale, device: torch.device):
+        super().__init__(SIDE, mean, device=device)
+        self.scale = torch.as_tensor(scale, dtype=torch.float32).to(self.device)
 
     def _float(self, crops, out=None):
-        return super()._float(crops, out).div_(self.deviation)
+        return super()._float(crops, out).div_(self.scale)
+
+
+def moments(store: Store) -> tuple:
+    """The mean, (1, 1, C), and the standard deviation, (3,), of each colour of the training pixels."""
+    pca = store.manifest["pca"]  # of the colours' covariance, whose diagonal is wanted
+    vectors, values = torch.tensor(pca["eigenvectors"]), torch.tensor(pca["eigenvalues"])
+    return store.mean.mean((0, 1), keepdims=True), (values[:, None] * vectors**2).sum(0).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------- the table
 
 
 def table(args, entries: list[dict]) -> str:
-    """A Markdown table of test errors: a row for each net, mean and standard deviation over seeds, the lowest mean in
-    bold, and what the seeds allow to be said of it."""
+    """A Markdown table of test errors: a row for each net, mean and standard deviation over seeds, the lowest mean of
+    those with the most seeds in bold, and what the seeds allow to be said of it."""
     lines = [f"| {' | '.join(['net', *args.activations, 'worse than the lowest, in points'])} |"]
     lines.append("|---" * (len(args.activations) + 2) + "|")
     for network in args.networks:
@@ -223,11 +236,14 @@ def table(args, entries: list[dict]) -> str:
         errors = {
             act: {e["seed"]: e["test_top1_error"] for e in runs if "diverged" not in e} for act, runs in found.items()
         }
-        means = {act: statistics.mean(values.values()) for act, values in errors.items() if values}
-        best = min(means, key=means.get, default=None)
+        most = max(map(len, errors.values()))
+        full = [act for act, values in errors.items() if values and len(values) == most == len(found[act])]
+        best = min(full, key=lambda act: statistics.mean(errors[act].values()), default=None)
         cells = [shown(errors[act], len(found[act]) - len(errors[act]), act == best) for act in args.activations]
         lines.append(f"| {' | '.join([network, *cells, verdicts(errors, best)])} |")
-    return "\n".join(lines)
+    note = ("±: in the cells the standard deviation over seeds, in the last column half of a 95% interval (Student's "
+            "t, paired by seed), not widened for the lowest having been picked out")
+    return "\n".join([*lines, "", note])
 
 
 def runs_of(entries: list[dict], cell: dict) -> list[dict]:
@@ -243,19 +259,18 @@ def shown(errors: dict[int, float], diverged: int, best: bool) -> str:
 
 
 def verdicts(errors: dict[str, dict[int, float]], best: str | None) -> str:
-    """Of each other activation: how many points worse it is than the best, with a 95% interval (Student's t, paired by
-    seed), and whether the spread covers that."""
+    """How many points worse than the best each other activation is, and whether the spread over seeds covers that."""
     said = []
     for act, found in errors.items():
         seeds = sorted(set(found) & set(errors.get(best, {})))
         if act == best or not found:
             continue
         if len(seeds) < 3:
-            said.append(f"{act}: too few seeds")
+            said.append(f"{act} too few seeds")
             continue
         worse = [found[seed] - errors[best][seed] for seed in seeds]
         mean, half = interval(worse)
-        said.append(f"{act} {mean:+.2f} ± {half:.2f}" + (", within the spread" if mean <= half else ""))
+        said.append(f"{act} {mean:+.2f} ± {half:.2f}" + (", within the spread" if abs(mean) <= half else ""))
     return "; ".join(said) or "-"
 
 

@@ -1,13 +1,14 @@
 """The nets of the FReLU study (Qiu, Xu and Cai 2017) for RGB pictures of 32 x 32, each with any of model.py's
 activations:
 
-    smallnet, smallnet-bn             three convolutions and two dense layers, without and with batch norm
-    nin                               Network in Network (Lin, Chen and Yan 2014) with batch norm
-    resnet20, 32, 44, 56, 110         residual nets (He et al. 2016, section 4.2), an activation after each addition
-    resnet20-no-act, 32-no-act, ...   the same without one there (Shah et al. 2016), one before the average pool instead
+    smallnet, smallnet-bn        three convolutions and two dense layers, without and with batch norm
+    nin                          Network in Network (Lin, Chen and Yan 2014) with batch norm
+    resnet20, 32, 44, 56, 110    residual nets (He et al. 2016, section 4.2), an activation after each addition
+    resnet20-no-act-after-add    and so on: the same without those (Shah et al. 2016), with one before the average pool
+    two-units                    the net of the embedding that studies.figures draws
 
-Layers, sizes and initialisation follow the authors' own code (kyuusaku/frelu.torch), which leaves the convolutions
-without biases, also where no batch norm follows. There an activation's b is the only offset before the dense layers.
+Layers, sizes and initialisation follow the authors' own code (kyuusaku/frelu.torch). It leaves the convolutions of
+smallnet without biases, too, where no batch norm follows: b is their only offset there.
 """
 
 import math
@@ -19,7 +20,8 @@ from model import activation
 
 SIDE = 32  # pixels
 DEPTHS = (20, 32, 44, 56, 110)
-NETWORKS = ("smallnet", "smallnet-bn", "nin", *(f"resnet{d}{form}" for form in ("", "-no-act") for d in DEPTHS))
+FORMS = ("", "-no-act-after-add")
+NETWORKS = ("smallnet", "smallnet-bn", "nin", *(f"resnet{depth}{form}" for form in FORMS for depth in DEPTHS))
 
 
 def build(network: str, num_classes: int = 10, act: str = "relu") -> nn.Module:

@@ -37,6 +37,12 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_pictures(tmp_path_factory):
+    """A store of 32 x 32 for the activation study: 4 classes, 300 training, 21 validation, 30 test pictures."""
+    return pack.pack(small_source(counts=(300, 21, 30)), tmp_path_factory.mktemp("stores") / "small-32", size=32)
+
+
+@pytest.fixture(scope="session")
 def grey_store(tmp_path_factory):
     return pack.pack(small_source("grey", shape=(28, 28)), tmp_path_factory.mktemp("stores") / "grey", shards=3)
 

@@ -1,21 +1,19 @@
 """studies/figures.py: what is drawn and printed is what the runs hold."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
-from conftest import small_source
-from helpers import run
+from helpers import assert_same_state, run
 from PIL import Image
 
+import train
 import utils
-from data import UserError, pack
+from data import UserError
 from studies import figures, frelu
 from studies.networks import build
-
-
-@pytest.fixture(scope="module")
-def small_pictures(tmp_path_factory):
-    return pack.pack(small_source(counts=(300, 21, 30)), tmp_path_factory.mktemp("stores") / "small-32", size=32)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def test_curves_of_several_runs(runs, drawn, capsys):
         assert found[name] == [(e["epoch"], e["val_top1_error"]) for e in log]
         train = [(e["epoch"], e["train_top1_error"]) for e in log]
         assert any(list(zip(*line.get_data(), strict=True)) == train for line in axes.get_lines())
-    assert {"validation", "training"} <= set(found)
+    assert {"validation", "training (dropout, random crops)"} <= set(found)
     assert "%" in axes.get_ylabel()
     assert "b.png" in capsys.readouterr().out
 
@@ -136,6 +134,52 @@ def test_embedding(small_pictures, tmp_path, monkeypatch, drawn, capsys):
     assert embed(tmp_path, small_pictures, monkeypatch) == 0
 
 
+def test_the_embedding_trains_by_its_recipe_and_goes_on(small_pictures, tmp_path, monkeypatch):
+    """Whole pictures, never mirrored, on their own scale; the rate of each step; stopped in mid-epoch it ends as the
+    unbroken one."""
+    seen, real = [], train.train_step
+
+    def looking(net, optimizer, pictures, *rest):
+        seen.append((pictures.clone(), optimizer.param_groups[0]["lr"]))
+        if len(seen) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(net, optimizer, pictures, *rest)
+
+    monkeypatch.setattr(train, "train_step", looking)
+    given = ("--activations", "frelu", "--epochs", "3")
+    stop_at = None
+    assert embed(tmp_path / "whole", small_pictures, monkeypatch, *given) == 0
+    assert [lr for _, lr in seen] == [0.01] * 4 + [0.01 / 10] * 2
+    images, _ = small_pictures.split("train").read(np.arange(300))
+    first = images[train.epoch_tables(0, 0, 300, 0).order[:128]]
+    expected = (torch.from_numpy(first).permute(0, 3, 1, 2).float() - 127.5) / 128
+    torch.testing.assert_close(seen[0][0], expected)
+    seen.clear()
+    stop_at = 3
+    assert embed(tmp_path / "parts", small_pictures, monkeypatch, *given) == 143
+    assert embed(tmp_path / "parts", small_pictures, monkeypatch, *given) == 0
+    folders = [tmp_path / part / "checkpoints/embedding/sample-3/frelu-0" for part in ("whole", "parts")]
+    assert_same_state(*folders)
+
+
+def test_an_embedding_that_diverges_says_what_to_do(small_pictures, tmp_path, monkeypatch):
+    real = figures.start
+
+    def breaking(*args):
+        run = real(*args)
+        run.net.fc.bias.data[0] = float("nan")
+        return run
+
+    monkeypatch.setattr(figures, "start", breaking)
+    with pytest.raises(UserError, match=r"relu diverged: .* Another --seed may do better"):
+        embed(tmp_path, small_pictures, monkeypatch)
+
+
+def test_many_classes_and_many_runs_keep_colours_of_their_own():
+    for count in (1, 10, 11, 100):
+        assert len({str(colour) for colour in figures.colours("turbo", count)}) == count
+
+
 def test_dead_units_are_reported(small_pictures, tmp_path, monkeypatch, drawn, capsys):
     real = figures.start
 
@@ -156,8 +200,8 @@ def test_dead_units_are_reported(small_pictures, tmp_path, monkeypatch, drawn, c
 
 def test_the_embeddings_recipe():
     """Of 78 epochs the rate is divided by 10 from epoch 40 and from epoch 62 on; no Nesterov; b does not decay."""
-    assert figures.rates(0.01, 78) == [0.01] * 39 + [0.01 / 10] * 22 + [0.01 / 100] * 17
-    assert figures.rates(1, 2) == [1, 0.1]
+    rates = frelu.falling_rates(0.01, 78, figures.DROPS, figures.EPOCHS)
+    assert rates == [0.01] * 39 + [0.01 / 10] * 22 + [0.01 / 100] * 17
     optimizer = figures.plain_momentum(build("two-units", 10, "frelu"))
     assert [(g["nesterov"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [
         (False, 0.9, 5e-4), (False, 0.9, 0.0)

@@ -1,6 +1,7 @@
 """studies/networks.py: parameter counts as published, shapes, initialisation, both forms of residual block."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_resnets_have_the_published_number_of_parameters(depth, million, exact):
     assert exact == first + stages + norms + 64 * 10 + 10
     assert round(exact / 1e6, 2 if million < 1 else 1) == million
     assert count(build(f"resnet{depth}")) == exact
-    assert count(build(f"resnet{depth}-no-act")) == exact - 2 * 16  # no batch norm after the first convolution
+    assert count(build(f"resnet{depth}-no-act-after-add")) == exact - 2 * 16  # no batch norm at the start
 
 
 def test_nin_has_the_published_number_of_parameters():
@@ -41,7 +42,8 @@ def test_nin_has_the_published_number_of_parameters():
 
 
 def test_smallnet_layer_by_layer():
-    """The convolutions' 9 x (3 x 32 + 32 x 64 + 64 x 128), the dense layers' 2048 x 512 and 512 x classes with biases."""
+    """9 x (3 x 32 + 32 x 64 + 64 x 128) weights in convolutions; dense layers of 2048 x 512 and 512 x classes, with
+    biases."""
     convs, dense = 9 * (3 * 32 + 32 * 64 + 64 * 128), 2048 * 512 + 512
     assert count(build("smallnet")) == convs + dense + 512 * 10 + 10
     assert count(build("smallnet-bn", 100)) == convs + dense + 512 * 100 + 100 + 2 * (32 + 64 + 128 + 512)
@@ -54,7 +56,7 @@ def test_smallnet_layer_by_layer():
 # How many activations each net has.
 ACTS = {"smallnet": 4, "smallnet-bn": 4, "nin": 9, "two-units": 1}
 ACTS |= {f"resnet{d}": 1 + 2 * (d - 2) // 6 * 3 for d in networks.DEPTHS}
-ACTS |= {f"resnet{d}-no-act": 2 + (d - 2) // 6 * 3 for d in networks.DEPTHS}
+ACTS |= {f"resnet{d}-no-act-after-add": 2 + (d - 2) // 6 * 3 for d in networks.DEPTHS}
 
 
 @pytest.mark.parametrize("name", [n for n in (*NETWORKS, "two-units") if n not in ("resnet56", "resnet110")])
@@ -70,6 +72,49 @@ def test_each_net_with_each_activation(name):
         assert len(activation_parameters(net)) == (ACTS[name] if act in ("frelu", "srelu", "prelu") else 0)
         again = build(net.config["network"], net.config["num_classes"], net.config["activation"])
         again.load_state_dict(net.state_dict())
+
+
+def said(net) -> list[str]:
+    return [re.sub(r"\w+=0\.25|, bias=\w+|inplace=True|dilation=1, ", "", str(layer)) for layer in net]
+
+
+def test_nin_layer_by_layer():
+    """Lin, Chen and Yan's net with batch norm, as the study has it: windows, pools that round up, dropout."""
+    block = [(3, 192, 5), (192, 160, 1), (160, 96, 1), (96, 192, 5), (192, 192, 1), (192, 192, 1), (192, 192, 3),
+             (192, 192, 1), (192, 10, 1)]
+    expected = []
+    for number, (inputs, outputs, side) in enumerate(block, 1):
+        padding = f", padding=({side // 2}, {side // 2})" if side > 1 else ""
+        expected += [
+            f"Conv2d({inputs}, {outputs}, kernel_size=({side}, {side}), stride=(1, 1){padding})",
+            f"BatchNorm2d({outputs}, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)", "ReLU()",
+        ]
+        if number in (3, 6):
+            expected.append("MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)")
+            expected.append("Dropout(p=0.5, inplace=False)")
+    expected += ["AvgPool2d(kernel_size=8, stride=8, padding=0)", "Flatten(start_dim=1, end_dim=-1)"]
+    assert said(build("nin")) == expected
+    published = said(NIN(10, batch_norm=False))
+    assert sum(layer == "Identity()" for layer in published) == 9
+    assert [layer for layer in published if "Pool" in layer] == [
+        "MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)",
+        "AvgPool2d(kernel_size=3, stride=2, padding=0)", "AvgPool2d(kernel_size=8, stride=8, padding=0)",
+    ]
+
+
+def test_two_units_layer_by_layer():
+    net = build("two-units", 10, "frelu")
+    expected = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+        for one in (inputs, outputs):
+            expected += [f"Conv2d({one}, {outputs}, kernel_size=(5, 5), stride=(1, 1), padding=(2, 2))", "ReLU()"]
+        expected.append("MaxPool2d(kernel_size=2, stride=2, padding=0, ceil_mode=False)")
+    assert said(net.blocks) == expected
+    assert (net.units.in_features, net.units.out_features, net.fc.in_features) == (2048, 2, 2)
+    images = torch.randn(2, 3, 32, 32)
+    units = F.linear(net.blocks(images).flatten(1), net.units.weight, net.units.bias).clamp_min(0) + net.act.bias
+    torch.testing.assert_close(net.embed(images), units)
+    torch.testing.assert_close(net(images), F.linear(units, net.fc.weight, net.fc.bias))
 
 
 def test_he_initialisation_by_what_goes_out():
@@ -120,7 +165,7 @@ def test_both_forms_of_residual_net_written_out(after_addition):
 
 
 def test_wrong_names_and_depths():
-    with pytest.raises(ValueError, match="network must be one of smallnet, .* not 'vgg'"):
+    with pytest.raises(ValueError, match=r"network must be one of smallnet, .* not 'vgg'"):
         build("vgg")
     with pytest.raises(ValueError, match="activation must be"):
         build("nin", 10, "gelu")

@@ -34,6 +34,22 @@ def test_the_store_holds_what_the_source_gives(store):
             assert np.abs(ours.astype(int) - np.asarray(by_pil)).max() <= 2
 
 
+def test_a_named_set_of_another_size_has_a_store_of_its_own(tmp_path, monkeypatch):
+    """Packed once, under NAME-SIZE; the usual store is not touched."""
+    monkeypatch.setattr(pack, "STORES", tmp_path)
+    source = small_source("sample")
+    monkeypatch.setattr(sources, "find", lambda name, download: source)
+    with pytest.raises(UserError, match=r"data\.pack sample --size 32 --out .*sample-32"):
+        pack.named_store("sample", download=None, size=32)
+    store = pack.named_store("sample", size=32)
+    assert (store.path, store.size, store.name) == (tmp_path / "sample-32", 32, "sample")
+    monkeypatch.setattr(sources, "find", None)
+    assert pack.named_store("sample", size=32).fingerprint == store.fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["sample-32"]
+    images, _ = store.split("train").read(np.arange(3))
+    assert np.array_equal(images, source.splits["train"].pictures[:3])  # 32 pixels stay what they are
+
+
 def test_mean_image_and_pca_are_numpys(store):
     """Over the stored training pictures; numpy.cov on every pixel's RGB."""
     images, _ = store.split("train").read(np.arange(96))
