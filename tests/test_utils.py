@@ -211,6 +211,9 @@ def test_a_log_with_a_torn_last_line_is_read(tmp_path):
         file.write('{"a": ')
     assert utils.read_log(tmp_path / "log") == [{"a": 1}, {"a": 2}]
     assert utils.read_log(tmp_path / "none") == []
+    utils.append_line(tmp_path / "log", {"a": 4})  # on a line of its own
+    utils.append_line(tmp_path / "log", {"a": 5})
+    assert utils.read_log(tmp_path / "log") == [{"a": 1}, {"a": 2}, {"a": 4}, {"a": 5}]
 
 
 def test_seeds_are_apart():
