@@ -134,6 +134,7 @@ def start(
     net.to(device, memory_format=torch.channels_last)
     kernels = []
     accelerate(net, say=kernels.append)
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
     run = Run(args, store, device, 0, 1, net, optimizer_of(net), State(), Schedule(args.lr, patience=args.epochs),
               kernels[0], warned=True)  # what it would say of a plateau is for train.py
     if resume:
