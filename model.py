@@ -208,7 +208,7 @@ class Dropout(nn.Module):
 def activation(name: str) -> nn.Module:
     """A new activation: "relu", "tanh", "elu" (alpha 1), "prelu" (one slope a layer, from 0.25), "srelu" or "frelu".
     ReLU and ELU overwrite their input. Raises ValueError for other names."""
-    _check("activation", name, name in ACTIVATIONS, " or ".join(ACTIVATIONS))
+    _check("activation", name, name in list(ACTIVATIONS), " or ".join(ACTIVATIONS))
     return ACTIVATIONS[name]()
 
 
@@ -386,7 +386,7 @@ def _check_options(num_classes, image_size, columns, order, activation, dropout,
     least = SMALLEST[order]
     _check("image_size", image_size, isinstance(image_size, int) and image_size >= least, f"{least} pixels or more")
     _check("columns", columns, columns in (1, 2), "1 or 2")
-    _check("activation", activation, activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
+    _check("activation", activation, activation in list(ACTIVATIONS), " or ".join(ACTIVATIONS))
     _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
     _check("lrn_alpha", lrn_alpha, lrn_alpha in LRN_ALPHAS, " or ".join(LRN_ALPHAS))
     _check("lrn_k", lrn_k, isinstance(lrn_k, int | float) and 0 < lrn_k < float("inf"), "a number above 0")

@@ -36,6 +36,8 @@ def parse(argv) -> Namespace:
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
     stored = {"kernels": "off"} | read_config(last.parent)["arguments"]  # older runs had no kernels.py
+    if "network" in stored:
+        raise UserError(f"{last.parent} is a run of studies.frelu or studies.figures: their own command resumes it")
     for name, value in given.items():
         if name not in CHANGEABLE and value not in (stored.get(name), "auto"):
             raise UserError(
@@ -151,5 +153,9 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         raise UserError(f"--batch-size {args.batch_size}: {store.path} has {store.counts['train']} training pictures")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    if args.out and not args.resume and any((args.out / name).exists() for name in RUN_FILES):
+    held = [name for name in RUN_FILES if args.out and not args.resume and (args.out / name).exists()]
+    if held == ["config.json"]:
+        raise UserError(f"{args.out} holds nothing but a config.json, perhaps of a run that was killed at its very "
+                        "start; remove that, or choose another --out")
+    if held:
         raise UserError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")

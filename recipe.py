@@ -38,9 +38,8 @@ def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[d
 
 def split_off_activations(net: nn.Module) -> tuple[list[nn.Parameter], dict[str, nn.Parameter]]:
     """What a net's activations learn, and all its other parameters by name."""
-    learnt = list(activation_parameters(net).values())
-    apart = {id(p) for p in learnt}
-    return learnt, {name: p for name, p in net.named_parameters() if id(p) not in apart}
+    apart = {id(p): p for p in activation_parameters(net).values()}
+    return list(apart.values()), {name: p for name, p in net.named_parameters() if id(p) not in apart}
 
 
 def set_rate(optimizer, lr: float) -> None:

@@ -129,8 +129,8 @@ def write_start(run: Run) -> None:
     out, arguments = run.args.out, {k: v for k, v in vars(run.args).items() if k not in ("out", "resume", "max_steps")}
     if run.args.resume:
         # Lines after the checkpoint, and the line of a --max-steps stop in mid-epoch, are written anew.
-        log = utils.read_log(out / "log.jsonl")
-        kept = [e for e in log if e["step"] <= run.state.step and e["step"] % run.steps == 0]
+        whole = range(run.steps, run.state.epoch * run.steps + 1, run.steps)
+        kept = [e for e in utils.read_log(out / "log.jsonl") if e.get("step") in whole]
         utils.write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         config = json.loads((out / "config.json").read_text()) | {"arguments": arguments}
         if config.get("kernels", run.kernels) != run.kernels:
@@ -182,15 +182,17 @@ def load_last(run: Run) -> None:
     last = utils.load_checkpoint(path, run.device)
     if "optimizer" not in last or "schedule" not in last:
         raise UserError(f"{path} holds weights only and cannot be resumed; --init {path} starts a new run from them")
+    if any(run.net.config.get(name) != value for name, value in last["config"].items()):
+        raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: it is of another net, {last['config']}")
     try:
         run.net.load_state_dict(last["model"])
         run.optimizer.load_state_dict(last["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {str(error).splitlines()[0]}") from None
-    schedule = last["schedule"]
-    sums = {name: schedule.pop(name) for name in ("loss_sum", "wrong")}
-    run.schedule = Schedule(**schedule)
-    run.state = State(step=last["step"], epoch=last["epoch"], best=last["best"], **sums)
+        schedule = dict(last["schedule"])
+        sums = {name: schedule.pop(name) for name in ("loss_sum", "wrong")}
+        run.schedule = Schedule(**schedule)
+        run.state = State(step=int(last["step"]), epoch=int(last["epoch"]), best=last["best"], **sums)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {utils.one_line(error)}") from None
 
 
 def check_finite(run: Run, loss_sum: float) -> None:

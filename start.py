@@ -18,6 +18,8 @@ def starting_net(args, store: Store) -> torch.nn.Module:
     """The net, initialised from --seed or from --init: AlexNet, but where --init was converted from torchvision."""
     # On --resume the file of --init may be gone; last.pt tells as well which net it was.
     other = utils.load_checkpoint(args.out / "last.pt" if args.resume else args.init) if args.init else None
+    if other and "network" in other["config"]:
+        raise UserError(f"--init {args.init} is no AlexNet but a {other['config']['network']} of studies/networks.py")
     if other and "net" in other["config"]:
         return start_from_torchvision(args, store, other)
     try:

@@ -195,7 +195,7 @@ def _missing(checkpoint) -> list[str]:
 def build_net(checkpoint: dict, path: str | Path) -> torch.nn.Module:
     """The net of a checkpoint with its weights: AlexNet, or torchvision_net's where it was converted from there."""
     if "network" in checkpoint["config"]:
-        raise UserError(f"{path} is no AlexNet but a net of studies/networks.py: {checkpoint['config']['network']}")
+        raise UserError(f"{path} is no AlexNet but a {checkpoint['config']['network']} of studies/networks.py")
     try:
         config = checkpoint["config"]
         net = torchvision_net(config) if "net" in config else AlexNet(**config)
@@ -297,10 +297,24 @@ def read_log(path: Path) -> list[dict]:
     if not path.exists():
         return []
     entries = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def results_file(name: str) -> Path:
+    """A file of results to append lines to, its folder made. Raises UserError where it cannot be written, or holds
+    something else than lines of JSON."""
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file; name another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        file.seek(0)
+        if file.read(1) not in (b"", b"{"):
+            raise UserError(f"{path} holds no lines of results; name another --out")
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

@@ -325,7 +325,10 @@ def named_store(name: str, download: bool | None = True, size: int | None = None
     UserError, and sources.Unavailable where the set cannot be had."""
     path = STORES / (f"{name}-{size}" if size else name)
     if path.exists():
-        return Store(path)
+        store = Store(path)
+        if size not in (None, store.size):
+            raise UserError(f"{shown(path)} has pictures of {store.size} pixels, not of {size}; remove it")
+        return store
     if download is None:
         how = f"{name} --size {size} --out {shown(path)}" if size else name
         raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {how}")

@@ -66,8 +66,7 @@ T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26} 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    args.out = Path(args.out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out = utils.results_file(args.out)
     store = named_store(args.dataset)
     if "tanh" in args.claims:
         race(args, store)

@@ -13,6 +13,7 @@ unit that gives the same for all pictures is dead, and is reported; another --se
 """
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def bias(args) -> int:
         raise UserError(f"{path}: the log has no values of activations: only frelu, srelu and prelu learn one")
     values = {name: [entry["activations"][name] for entry in log] for name in log[0]["activations"]}
     print_values({name: found[-1] for name, found in values.items()}, path)
-    out = Path(args.out or path / "bias.png")
+    out = args.out or path / "bias.png"
     draw_bias(out, path, [entry["epoch"] for entry in log], values)
     print(f"drawn: {shown(out)}")
     return 0
@@ -94,7 +95,7 @@ def print_values(values: dict[str, float], path: Path) -> None:
 def draw_bias(out: Path, path: Path, epochs: list[int], values: dict[str, list[float]]) -> None:
     """A line a layer, from where it started, but for runs that took over weights."""
     given = arguments(path)
-    name = given.get("activation", "")
+    name = str(given.get("activation", ""))
     began = list(values_of(activation(name)).values()) if name in ACTIVATIONS and not given.get("init") else []
     figure, axes = new_figure(8, 4)
     for (layer, found), colour in zip(values.items(), colours("viridis", len(values)), strict=True):
@@ -116,7 +117,7 @@ def draw_bias(out: Path, path: Path, epochs: list[int], values: dict[str, list[f
 def curves(args) -> int:
     """Draw training and validation error of runs together."""
     runs = {Path(name): read_run(Path(name)) for name in args.runs}
-    figure, axes = new_figure(8, 4.5)
+    figure, axes = new_figure(8, max(4.5, 0.2 * len(runs)))
     for (path, log), colour in zip(runs.items(), colours("turbo", len(runs)), strict=True):
         epochs = [entry["epoch"] for entry in log]
         axes.plot(epochs, [entry["train_top1_error"] for entry in log], ".--", lw=1, ms=3, color=colour)
@@ -126,17 +127,21 @@ def curves(args) -> int:
     axes.plot([], [], ".--", color="0.4", lw=1, ms=3, label="training (dropout, random crops)")
     axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
     beside(axes)
-    out = Path(args.out or next(iter(runs)) / "together.png")
+    out = args.out or next(iter(runs)) / "together.png"
     finish(figure, axes, out)
     print(f"drawn: {shown(out)}")
     return 0
 
 
 def label_of(path: Path, others=()) -> str:
-    """A run's folder's name, with its parent's where others have the same."""
-    name = path.resolve().name
-    same = sum(other.resolve().name == name for other in others) > 1
-    return f"{path.resolve().parent.name}/{name}" if same else name
+    """A run's folder's name, with as many of its parents' as tell it apart from others; for matplotlib, to which some
+    characters mean more."""
+    parts, number = path.resolve().parts, 1
+    others = {other.resolve().parts for other in others} - {parts}
+    while number < len(parts) and any(other[-number:] == parts[-number:] for other in others):
+        number += 1
+    name = "/".join(parts[-number:]).encode(errors="replace").decode().replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 # ---------------------------------------------------------------------------------------------- embedding
@@ -144,10 +149,13 @@ def label_of(path: Path, others=()) -> str:
 
 def embedding(args) -> int:
     """Train a net of two units for each activation, report them, draw what they make of the test pictures."""
+    out = args.out
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out} is no regular file; name another --out")
     store, device = named_store(args.dataset, size=SIDE), utils.pick_device(args.device)
     utils.settle_arithmetic()
     found = {}
-    for act in args.activations:
+    for act in dict.fromkeys(args.activations):
         folder = utils.CHECKPOINTS / "embedding" / f"{args.dataset}-{args.epochs}" / f"{act}-{args.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -157,11 +165,10 @@ def embedding(args) -> int:
             raise UserError(f"another process is training {shown(folder)}; wait for it") from None
         except utils.Diverged as error:
             raise UserError(f"{act} diverged: {error}. Another --seed may do better") from None
-        if net is None:
+        if net is None or signals.received:
             return 128 + signals.received
         found[act] = embed(net, store, device)
         print(f"{act}: {report(act, net, *found[act])}")
-    out = Path(args.out)
     draw_embedding(out, found, store)
     print(f"drawn: {shown(out)}")
     return 0
@@ -244,7 +251,11 @@ def read_run(path: Path) -> list[dict]:
     log = utils.read_log(path / "log.jsonl")
     if not log:
         raise UserError(f"{path} holds no log.jsonl with a finished epoch")
-    if any({"epoch", "train_top1_error", "val_top1_error"} - set(entry) for entry in log):
+    learnt = [entry.get("activations", {}) for entry in log]
+    alike = all(isinstance(values, dict) and set(values) == set(learnt[0]) for values in learnt)
+    drawn = [entry.get(name) for entry in log for name in ("epoch", "train_top1_error", "val_top1_error")]
+    drawn += [value for values in learnt for value in values.values()] if alike else []
+    if not alike or not all(isinstance(value, int | float) and not abs(value) > 1e300 for value in drawn):
         raise UserError(f"{path / 'log.jsonl'} is no log of a run")
     return log
 
@@ -252,7 +263,7 @@ def read_run(path: Path) -> list[dict]:
 def arguments(path: Path) -> dict:
     """What a run was started with; nothing where its config.json is gone."""
     try:
-        return json.loads((path / "config.json").read_text())["arguments"]
+        return dict(json.loads((path / "config.json").read_text())["arguments"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -311,10 +322,10 @@ def make_parser() -> Parser:
     kinds = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     one = kinds.add_parser("bias", help="what each activation learnt, over epochs or in a checkpoint")
     one.add_argument("run", metavar="RUN|CHECKPOINT", help="a run's folder, or a .pt file")
-    one.add_argument("--out", metavar="FILE.png", help="default: RUN/bias.png")
+    one.add_argument("--out", type=png, metavar="FILE.png", help="default: RUN/bias.png")
     one = kinds.add_parser("curves", help="training and validation error of several runs together")
     one.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    one.add_argument("--out", metavar="FILE.png", help="default: together.png in the first RUN")
+    one.add_argument("--out", type=png, metavar="FILE.png", help="default: together.png in the first RUN")
     one = kinds.add_parser("embedding", help="the test pictures as two units see them")
     one.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
     one.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=("relu", "frelu"), metavar="NAME",
@@ -322,8 +333,16 @@ def make_parser() -> Parser:
     one.add_argument("--epochs", type=whole(1), default=EPOCHS, metavar="N", help="default: %(default)s")
     one.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
     one.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    one.add_argument("--out", default="results/embedding.png", metavar="FILE.png", help="default: %(default)s")
+    one.add_argument("--out", type=png, default="results/embedding.png", metavar="FILE.png",
+                     help="default: %(default)s")
     return parser
+
+
+def png(text: str) -> Path:
+    """An argument type: a PNG file, so that no run's own files are overwritten."""
+    if not text.endswith(".png"):
+        raise ArgumentTypeError(f"{text} does not end in .png")
+    return Path(text)
 
 
 if __name__ == "__main__":

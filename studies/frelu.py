@@ -27,7 +27,7 @@ import train
 import utils
 from data import UserError, sources
 from data.augment import Augment
-from data.cli import Parser, number, run_script, whole
+from data.cli import Parser, number, run_script, shown, whole
 from data.loader import Loader
 from data.pack import named_store
 from data.store import Store
@@ -49,10 +49,10 @@ KEY = ("dataset", "epochs", "network", "activation", "bias_rate", "seed")
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    args.out = Path(args.out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if any(set(KEY) - set(entry) for entry in utils.read_log(args.out)):
+    args.out = utils.results_file(args.out)
+    if not all(map(is_result, utils.read_log(args.out))):
         raise UserError(f"{args.out} holds lines of another kind; name another --out")
+    args.networks, args.activations = list(dict.fromkeys(args.networks)), list(dict.fromkeys(args.activations))
     store = named_store(args.dataset, size=SIDE)
     utils.settle_arithmetic()
     busy = 0
@@ -69,6 +69,12 @@ def main(argv=None) -> int:
     return 0
 
 
+def is_result(entry: dict) -> bool:
+    """Whether a line is one of this study's."""
+    right = set(KEY) <= set(entry) and isinstance(entry["seed"], int)
+    return right and ("diverged" in entry or isinstance(entry.get("test_top1_error"), int | float))
+
+
 # ---------------------------------------------------------------------------------------------- one run
 
 
@@ -83,7 +89,7 @@ def run_cell(args, store: Store, cell: dict) -> int:
     it."""
     name = "-".join(str(cell[k]) for k in ("network", "activation", "seed"))
     if cell["bias_rate"] not in (None, BIAS_RATE):
-        name += f"-bias-rate-{cell['bias_rate']:g}"
+        name += f"-bias-rate-{cell['bias_rate']}"
     folder = utils.CHECKPOINTS / "frelu" / f"{args.dataset}-{args.epochs}" / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -119,26 +125,29 @@ def start(
     """A run of one of networks.py's nets, new or as its folder has it, for fit(). given: options of train.py that say
     how. noted: what else config.json says of it. optimizer_of(net) makes the optimiser, each group with a `scale`."""
     resume = (folder / "last.pt").exists()
-    if not resume:  # a process that was killed between the two files left one alone
+    if not resume and not (folder / "log.jsonl").exists():  # a process that was killed at its start left this alone
         (folder / "config.json").unlink(missing_ok=True)
-    args = options.make_parser().parse_args([
-        *given, "--batch-size", "128", "--mean", "channel", "--colour", "off", "--precision", "fp32",
-    ])
-    args.network, args.image_size, args.out, args.resume = network, SIDE, folder, resume
-    options.settle(args, store, device, world=1)
-    for name in {*NET_OPTIONS, "recipe", "patience", "init", "kernels"} - {"activation"}:
-        delattr(args, name)  # AlexNet's, or train.py's
-    vars(args).update(noted)
-    utils.seed_all(args.seed)
-    net = build(network, len(store.classes), args.activation)
-    net.to(device, memory_format=torch.channels_last)
-    kernels = []
-    accelerate(net, say=kernels.append)
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    run = Run(args, store, device, 0, 1, net, optimizer_of(net), State(), Schedule(args.lr, patience=args.epochs),
-              kernels[0], warned=True)  # what it would say of a plateau is for train.py
-    if resume:
-        load_last(run)
+    try:
+        args = options.make_parser().parse_args([
+            *given, "--batch-size", "128", "--mean", "channel", "--colour", "off", "--precision", "fp32",
+        ])
+        args.network, args.image_size, args.out, args.resume = network, SIDE, folder, resume
+        options.settle(args, store, device, world=1)
+        for name in {*NET_OPTIONS, "recipe", "patience", "init", "kernels"} - {"activation"}:
+            delattr(args, name)  # AlexNet's, or train.py's
+        vars(args).update(noted)
+        utils.seed_all(args.seed)
+        net = build(network, len(store.classes), args.activation)
+        net.to(device, memory_format=torch.channels_last)
+        kernels = []
+        accelerate(net, say=kernels.append)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        run = Run(args, store, device, 0, 1, net, optimizer_of(net), State(), Schedule(args.lr, patience=args.epochs),
+                  kernels[0], warned=True)  # what it would say of a plateau is for train.py
+        if resume:
+            load_last(run)
+    except UserError as error:
+        raise UserError(f"{error}; to train this run anew, remove {shown(folder)}") from None
     write_start(run)
     print(f"{network}, {args.activation}, seed {args.seed}: {kernels[0]}", flush=True)
     return run
@@ -199,6 +208,8 @@ def result(run: Run, inputs: Augment) -> dict:
     test = Loader(run.store, "test", run.device)
     _, top1, top5 = (utils.evaluate([(run.net, inputs)], test) / len(test)).tolist()
     log = utils.read_log(run.args.out / "log.jsonl")
+    if [entry.get("epoch") for entry in log] != list(range(1, run.args.epochs + 1)):
+        raise UserError(f"{run.args.out / 'log.jsonl'} has lost lines; to train this run anew, remove its folder")
     last = {name: log[-1].get(name, {}) for name in ("train_loss", "train_top1_error", "val_top1_error", "activations")}
     return {
         "test_top1_error": 100 * top1, "test_top5_error": 100 * top5, "test_images": len(test), **last,
@@ -235,24 +246,25 @@ def table(args, entries: list[dict]) -> str:
     for network in args.networks:
         found = {act: runs_of(entries, cell_of(args, network, act, seed=0)) for act in args.activations}
         errors = {
-            act: {e["seed"]: e["test_top1_error"] for e in runs if "diverged" not in e} for act, runs in found.items()
+            act: {seed: e["test_top1_error"] for seed, e in runs.items() if "diverged" not in e}
+            for act, runs in found.items()
         }
         most = max(map(len, errors.values()))
         full = [act for act, values in errors.items() if values and len(values) == most == len(found[act])]
         best = min(full, key=lambda act: statistics.mean(errors[act].values()), default=None)
-        cells = [shown(errors[act], len(found[act]) - len(errors[act]), act == best) for act in args.activations]
+        cells = [cell_text(errors[act], len(found[act]) - len(errors[act]), act == best) for act in args.activations]
         lines.append(f"| {' | '.join([network, *cells, verdicts(errors, best)])} |")
     note = ("±: in the cells the standard deviation over seeds, in the last column half of a 95% interval (Student's "
             "t, paired by seed), not widened for the lowest having been picked out")
     return "\n".join([*lines, "", note])
 
 
-def runs_of(entries: list[dict], cell: dict) -> list[dict]:
-    """A cell's runs, of all seeds."""
-    return [e for e in entries if all(e[k] == cell[k] for k in KEY if k != "seed")]
+def runs_of(entries: list[dict], cell: dict) -> dict[int, dict]:
+    """A cell's runs, by seed."""
+    return {e["seed"]: e for e in entries if all(e[k] == cell[k] for k in KEY if k != "seed")}
 
 
-def shown(errors: dict[int, float], diverged: int, best: bool) -> str:
+def cell_text(errors: dict[int, float], diverged: int, best: bool) -> str:
     if not errors:
         return f"diverged ({diverged} of {diverged})" if diverged else "not measured yet"
     text = spread(list(errors.values()))
@@ -264,7 +276,7 @@ def verdicts(errors: dict[str, dict[int, float]], best: str | None) -> str:
     said = []
     for act, found in errors.items():
         seeds = sorted(set(found) & set(errors.get(best, {})))
-        if act == best or not found:
+        if best is None or act == best or not found:
             continue
         if len(seeds) < 3:
             said.append(f"{act} too few seeds")

@@ -47,10 +47,9 @@ LEFT = 0.9  # the plateau is left when that mean falls below this part of ln(cla
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    device, out = utils.pick_device(args.device), Path(args.out)
+    device, out = utils.pick_device(args.device), utils.results_file(args.out)
     store = named_store(args.dataset)
     loader, machine = Loader(store, "train", device), utils.environment(device)
-    out.parent.mkdir(parents=True, exist_ok=True)
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
     before = utils.read_log(out)
     if any(set(KEY) - set(entry) for entry in before):

@@ -1,6 +1,7 @@
 """studies/figures.py: what is drawn and printed is what the runs hold."""
 
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -100,6 +101,17 @@ def test_curves_of_several_runs(runs, drawn, capsys):
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     paths = [tmp_path / a / "nin-relu-0" for a in ("one", "two")]
     assert [figures.label_of(p, paths) for p in paths] == ["one/nin-relu-0", "two/nin-relu-0"]
+    paths = [tmp_path / a / "runs" / "nin" for a in ("one", "two")] + [tmp_path / "other"]
+    assert [figures.label_of(p, paths) for p in paths] == ["one/runs/nin", "two/runs/nin", "other"]
+
+
+@pytest.mark.parametrize("name", ["a$\\foo$b", "_hidden", "x^y_{z}$ $"])
+def test_a_runs_name_is_drawn_as_it_is(runs, tmp_path, drawn, name):
+    shutil.copytree(runs / "frelu", tmp_path / name)
+    assert figures.main(["curves", str(tmp_path / name)]) == 0
+    assert figures.main(["bias", str(tmp_path / name)]) == 0
+    texts = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert texts[0].strip().replace("\\$", "$") == name
 
 
 def embed(home, small_pictures, monkeypatch, *more):
@@ -158,6 +170,10 @@ def test_the_embedding_trains_by_its_recipe_and_goes_on(small_pictures, tmp_path
     stop_at = 3
     assert embed(tmp_path / "parts", small_pictures, monkeypatch, *given) == 143
     assert embed(tmp_path / "parts", small_pictures, monkeypatch, *given) == 0
+    with monkeypatch.context() as patch:  # a signal while the last epoch is validated: no second net
+        patch.setattr(train, "measure", lambda *a, real=train.measure: os.kill(os.getpid(), signal.SIGINT) or real(*a))
+        assert embed(tmp_path / "third", small_pictures, patch, "--activations", "elu", "relu") == 130
+    assert [f.name for f in (tmp_path / "third/checkpoints/embedding/sample-1").iterdir()] == ["elu-0"]
     folders = [tmp_path / part / "checkpoints/embedding/sample-3/frelu-0" for part in ("whole", "parts")]
     assert_same_state(*folders)
 
@@ -221,12 +237,21 @@ def test_the_embeddings_recipe():
     (["curves", "{home}/torn.pt"], "no such run"),
     (["embedding", "--activations", "gelu"], "--activations"),
     (["embedding", "--epochs", "0"], "--epochs"),
+    (["bias", "{home}/relu", "--out", "{home}/relu/last.pt"], r"does not end in \.png"),
+    (["bias", "{home}/other.pt", "--out", "{home}/x.png"], "is printed, not drawn"),
+    (["embedding", "--out", "{home}/folder.png"], "is no regular file"),
+    (["curves", "{home}/numbers"], "is no log of a run"),
     (["violin"], "FIGURE"),
     ([], "FIGURE"),
 ])
 def test_bad_input_is_one_line(runs, run_folder, tmp_path, arguments, message):
     (tmp_path / "relu").symlink_to(run_folder)
     (tmp_path / "torn.pt").write_bytes((runs / "frelu" / "best.pt").read_bytes()[:5000])
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers" / "log.jsonl").write_text(
+        '{"epoch": 1, "train_top1_error": 1, "val_top1_error": 2, "activations": ["x"]}\n5\n\x00\xff\n', "latin-1"
+    )
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "log.jsonl").write_text('{"cell": 1}\n')
     foreign = torch.load(runs / "srelu" / "last.pt", weights_only=True)

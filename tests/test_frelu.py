@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -229,8 +230,12 @@ def test_config_json_describes_the_study(home):
               "lr": 0.1, "weight_decay": 1e-4, "batch_size": 128, "epochs": 1}
     assert {name: given.get(name) for name in wanted} == wanted
     assert not {"lrn", "columns", "recipe", "patience"} & set(given)
-    with pytest.raises(UserError, match=r"is no AlexNet but a net of studies/networks\.py: smallnet-bn"):
+    with pytest.raises(UserError, match=r"is no AlexNet but a smallnet-bn of studies/networks\.py"):
         utils.load_model(folder / "last.pt")
+    with pytest.raises(UserError, match="is a run of studies"):
+        train.main(["--resume", "--out", str(folder)])
+    with pytest.raises(UserError, match="is no AlexNet but a smallnet-bn"):
+        train.main(["--dataset", "sample", "--init", str(folder / "last.pt")])
 
 
 def test_processes_share_a_grid(home, capsys):
@@ -295,6 +300,7 @@ def test_the_table_compares_like_with_like():
     entries = [entry("relu", s, e) for s, e in enumerate((8.0, 8.2, 8.1, 9.9, 9.8))]
     entries += [entry("frelu", s, e) for s, e in enumerate((8.5, 8.6, 8.7))]
     entries += [entry("elu", 0, 7.0), entry("elu", 1, None), entry("elu", 2, None)]
+    entries *= 2  # two files put together: each line twice
     assert frelu.table(args, entries).splitlines()[2] == (
         "| nin | **8.80% ± 0.96 (n = 5)** | 8.60% ± 0.10 (n = 3) | 7.00% (n = 1), 2 diverged | "
         "frelu +0.50 ± 0.25; elu too few seeds |"
@@ -308,10 +314,57 @@ def test_a_torn_line_hides_no_other(home):
     assert len(results(home)) == 1
 
 
-def test_a_file_of_another_kind_is_refused(home):
-    (home / "x.jsonl").write_text('{"cell": "base"}\n')
-    with pytest.raises(UserError, match="holds lines of another kind"):
+KEYS = '"dataset": "a", "epochs": 1, "network": "nin", "activation": "elu", "bias_rate": null, '
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"cell": "base"}\n', "lines of another kind"),
+    ("{" + KEYS + '"seed": 0}\n', "lines of another kind"),
+    ("{" + KEYS + '"seed": [1], "test_top1_error": 1.0}\n', "lines of another kind"),
+    ("{" + KEYS + '"seed": 0, "test_top1_error": "1"}\n', "lines of another kind"),
+    ("# A README\n", "holds no lines of results"),
+    ("PK\x00\x01", "holds no lines of results"),
+    ("5\n", "holds no lines of results"),
+])
+def test_a_file_of_another_kind_is_refused(home, content, message):
+    """Before anything is trained, and left as it is."""
+    (home / "x.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
         study(home)
+    assert (home / "x.jsonl").read_text() == content
+
+
+def test_out_is_looked_at_before_the_training(home):
+    (home / "folder").mkdir()
+    for out in ("/dev/null", str(home / "folder")):
+        with pytest.raises(UserError, match="is no regular file"):
+            study(home, "--out", out)
+    assert not (home / "checkpoints").exists()
+
+
+def test_what_cannot_go_on_can_be_begun_anew(home):
+    """A damaged or foreign checkpoint is refused with the way out, which works."""
+    assert study(home, "--epochs", "1") == 0
+    assert study(home, "--epochs", "1", "--activations", "relu") == 0
+    folder, foreign = (home / f"checkpoints/frelu/sample-1/smallnet-bn-{act}-0" for act in ("frelu", "relu"))
+    (home / "x.jsonl").unlink()
+    whole = (folder / "last.pt").read_bytes()
+    damaged = torch.load(folder / "last.pt", weights_only=True) | {"schedule": {}}
+    torch.save(damaged, folder / "bad.pt")
+    for content in (whole[:1000], (foreign / "last.pt").read_bytes(), (folder / "bad.pt").read_bytes()):
+        (folder / "last.pt").write_bytes(content)
+        with pytest.raises(UserError, match="to train this run anew, remove"):
+            study(home, "--epochs", "1")
+    (folder / "last.pt").unlink()
+    with pytest.raises(UserError, match="to train this run anew, remove"):
+        study(home, "--epochs", "1")
+    (folder / "last.pt").write_bytes(whole)
+    (folder / "log.jsonl").unlink()
+    with pytest.raises(UserError, match="has lost lines"):
+        study(home, "--epochs", "1")
+    shutil.rmtree(folder)
+    assert study(home, "--epochs", "1") == 0
+    assert len(results(home)) == 1
 
 
 @pytest.mark.parametrize("bad", [

@@ -46,7 +46,10 @@ def test_a_named_set_of_another_size_has_a_store_of_its_own(tmp_path, monkeypatc
     monkeypatch.setattr(sources, "find", None)
     assert pack.named_store("sample", size=32).fingerprint == store.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["sample-32"]
-    images, _ = store.split("train").read(np.arange(3))
+    (tmp_path / "sample-32").rename(tmp_path / "sample-40")
+    with pytest.raises(UserError, match="has pictures of 32 pixels, not of 40"):
+        pack.named_store("sample", size=40)
+    images, _ = Store(tmp_path / "sample-40").split("train").read(np.arange(3))
     assert np.array_equal(images, source.splits["train"].pictures[:3])  # 32 pixels stay what they are
 
 

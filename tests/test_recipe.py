@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import AlexNet
+from model import AlexNet, FReLU
 from recipe import Schedule, make_optimizer, set_rate
 
 
@@ -41,6 +41,13 @@ def test_every_parameter_is_in_one_group():
         groups = make_optimizer(net, recipe=recipe, lr=0.01, momentum=0.9, weight_decay=5e-4).param_groups
         assert [len(group["params"]) for group in groups] == sizes
         assert len({id(p) for group in groups for p in group["params"]}) == 16
+
+
+def test_a_shared_activation_is_in_its_group_once():
+    net = nn.Sequential(FReLU(), nn.Linear(2, 2), FReLU())
+    net[2].bias = net[0].bias
+    groups = make_optimizer(net, recipe="2012", lr=0.01, momentum=0.9, weight_decay=5e-4).param_groups
+    assert [len(group["params"]) for group in groups] == [1, 1, 1]
 
 
 def rates(errors, patience):

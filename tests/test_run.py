@@ -117,9 +117,41 @@ def test_an_out_that_holds_a_run_needs_resume(store, run_folder):
 
 @pytest.mark.parametrize("kept", ["config.json", "log.jsonl", "best.pt", "last.pt"])
 def test_any_file_of_a_run_makes_a_folder_one(store, tmp_path, kept):
+    """A config.json alone cannot be resumed: there the way out is another."""
     (tmp_path / kept).write_bytes(b"")
-    with pytest.raises(UserError, match="holds a run"):
+    with pytest.raises(UserError, match="nothing but a config.json" if kept == "config.json" else "holds a run"):
         run(store, tmp_path)
+
+
+def test_a_death_between_log_and_checkpoint_leaves_one_line_an_epoch(store, tmp_path, monkeypatch, two_epochs_log):
+    """Stopped by a signal in an epoch's last step, resumed, and killed before its checkpoint: its line is in the log
+    already, and is written anew."""
+    out, options = tmp_path / "run", ("--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "agree", lambda run, *_: (15 if run.state.step == 6 else 0, False))
+        assert run(store, out, *options) == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_last", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            resume(out)
+    assert resume(out) == 0
+    assert numbers(out) == two_epochs_log
+
+
+@pytest.fixture
+def two_epochs_log(store, tmp_path):
+    run(store, tmp_path / "unbroken", "--epochs", "2")
+    return numbers(tmp_path / "unbroken")
+
+
+def test_a_checkpoint_of_another_net_is_refused(store, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    last = load(run_folder / "last.pt")
+    changes = {"config": last["config"] | {"activation": "tanh"}}, {"schedule": {}}, {"optimizer": {}}, {"step": "x"}
+    for change in changes:
+        torch.save(last | change, tmp_path / "run" / "last.pt")
+        with pytest.raises(UserError, match="does not fit"):
+            resume(tmp_path / "run", "--epochs", "2")
 
 
 def test_runs_that_start_together_get_a_folder_each(tmp_path, monkeypatch):
