@@ -12,6 +12,7 @@ import train
 import utils
 from model import AlexNet, FReLU, SReLU, activation, activation_parameters
 from recipe import make_optimizer
+from studies import networks
 
 FORMULAS = {"frelu": lambda x, b: F.relu(x) + b, "srelu": lambda x, b: torch.where(x > b, x, b)}
 SHAPES = [(7,), (3, 5), (2, 3, 5, 7), (1, 1, 1, 1), (0, 3, 2, 2), (4, 0)]
@@ -113,7 +114,12 @@ def test_layouts_and_batches_of_none(name):
     (grad,) = torch.autograd.grad(activation(name)(x * 1), x, g)
     torch.testing.assert_close(grad, torch.autograd.grad(activation(name)(x.contiguous() * 1), x, g)[0])
     assert activation(name)(torch.empty(0, 4, 5, 6)).shape == (0, 4, 5, 6)
-    assert AlexNet(10, image_size=64, activation=name).eval()(torch.empty(0, 3, 64, 64)).shape == (0, 10)
+
+
+def test_a_net_takes_a_batch_of_none():
+    net = AlexNet(10, image_size=64, activation="frelu")
+    net(torch.empty(0, 3, 64, 64)).sum().backward()
+    assert all((p.grad == 0).all() for p in net.parameters())
 
 
 def kept_bytes(net, x) -> int:
@@ -138,9 +144,14 @@ def test_no_more_is_kept_for_the_backward_pass_than_by_a_relu(name):
     """Of the layer alone, and of nets, where the next layer holds the activation's output anyway."""
     x = torch.randn(4, 8, 6, 6).requires_grad_()
     assert kept_bytes(nn.Sequential(nn.Identity(), activation(name)), x * 1) <= 4 * x.numel()
-    pictures = torch.randn(4, 3, 64, 64)
-    nets = [AlexNet(10, image_size=64, activation=act) for act in (name, "relu")]
-    assert kept_bytes(nets[0], pictures) <= kept_bytes(nets[1], pictures)
+    for network in ("smallnet", "smallnet-bn", "resnet20"):
+        nets = [networks.build(network, 10, act) for act in (name, "relu")]
+        pictures = torch.randn(4, 3, 32, 32)
+        assert kept_bytes(nets[0], pictures) <= kept_bytes(nets[1], pictures)
+    if name == "frelu":
+        nets = [AlexNet(10, image_size=64, activation=act) for act in (name, "relu")]
+        pictures = torch.randn(4, 3, 64, 64)
+        assert kept_bytes(nets[0], pictures) <= kept_bytes(nets[1], pictures)
 
 
 def test_by_name():
@@ -157,9 +168,9 @@ def test_by_name():
 @pytest.mark.parametrize("name", ["frelu", "srelu", "prelu"])
 def test_what_they_learn_does_not_decay(name, recipe):
     """A group of its own: the weights' rate, no decay, under both recipes. A step without gradient leaves it alone."""
-    net = AlexNet(10, image_size=64, activation=name)
+    net = networks.build("smallnet", 10, name)
     learnt = activation_parameters(net)
-    assert list(learnt) == [f"act{i}" for i in range(1, 8)]
+    assert list(learnt) == [f"act{i}" for i in range(1, 5)]
     optimizer = make_optimizer(net, recipe=recipe, lr=0.1, momentum=0.9, weight_decay=0.5)
     group = optimizer.param_groups[-1]
     assert (group["lr"], group["weight_decay"]) == (0.1, 0)
@@ -173,10 +184,16 @@ def test_what_they_learn_does_not_decay(name, recipe):
     optimizer.step()
     assert all(p.item() == start for p in learnt.values())
     torch.testing.assert_close(net.conv1.weight.detach(), before * (1 - 0.1 * 0.5))
-    for p in learnt.values():
+
+
+@pytest.mark.parametrize(("name", "start"), [("frelu", -1.0), ("srelu", -1.0), ("prelu", 0.25)])
+def test_init_weights_starts_them_anew(name, start):
+    net = AlexNet(2, image_size=64, activation=name)
+    assert list(activation_parameters(net)) == [f"act{i}" for i in range(1, 8)]
+    for p in activation_parameters(net).values():
         nn.init.zeros_(p)
     net.init_weights()
-    assert all(p.item() == start for p in learnt.values())
+    assert all(p.item() == start for p in activation_parameters(net).values())
 
 
 @pytest.mark.parametrize("order", ["paper", "2012"])
@@ -204,10 +221,11 @@ def test_a_run_logs_what_is_learnt_and_resumes(store, tmp_path, name):
     """A line an epoch, the checkpoint's value; stopped and resumed it is the unbroken run."""
     options = ["--activation", name, "--lr", "0.001", "--epochs", "2"]
     run(store, tmp_path / "whole", *options)
-    run(store, tmp_path / "parts", *options, "--max-steps", "8")
-    resume(tmp_path / "parts", "--max-steps", "12")
-    assert_same_state(tmp_path / "whole", tmp_path / "parts")
-    assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
+    if name == "frelu":
+        run(store, tmp_path / "parts", *options, "--max-steps", "8")
+        resume(tmp_path / "parts", "--max-steps", "12")
+        assert_same_state(tmp_path / "whole", tmp_path / "parts")
+        assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
     log = numbers(tmp_path / "whole")
     assert [list(entry["activations"]) for entry in log] == [[f"act{i}" for i in range(1, 8)]] * 2
     assert log[0]["activations"] != log[1]["activations"]
@@ -235,7 +253,8 @@ def test_a_b_that_turns_positive_is_warned_of_once(store, tmp_path, capsys, monk
 
     monkeypatch.setattr(train, "starting_net", shifted)
     for name, warnings in (("frelu", 1), ("srelu", 1), ("prelu", 0)):
-        run(store, tmp_path / name, "--activation", name, "--lr", "0.0001", "--epochs", "2")
+        epochs = "2" if name == "frelu" else "1"
+        run(store, tmp_path / name, "--activation", name, "--lr", "0.0001", "--epochs", epochs)
         said = capsys.readouterr().err
         assert said.count("has turned positive") == warnings
         assert ("b has turned positive in act2 (0.500). That harms" in said) == bool(warnings)
