@@ -304,16 +304,18 @@ def read_log(path: Path) -> list[dict]:
 
 
 def results_file(name: str) -> Path:
-    """A file of results to append lines to, its folder made. Raises UserError where it cannot be written, or holds
-    something else than lines of JSON."""
+    """A file of results to append lines to; its folder is made. Raises UserError where it could not be written, or
+    holds something else than lines of JSON."""
     path = Path(name)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file; name another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        file.seek(0)
-        if file.read(1) not in (b"", b"{"):
-            raise UserError(f"{path} holds no lines of results; name another --out")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written; name another --out")
+    if path.exists():
+        with open(path, "rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise UserError(f"{path} holds no lines of results; name another --out")
     return path
 
 

@@ -231,3 +231,17 @@ def test_environment_names_versions_and_hardware():
     assert found["torch"] == torch.__version__
     assert found["device"]
     assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", found["commit"])
+
+
+def test_a_file_of_results_is_looked_at_and_not_made(tmp_path):
+    assert utils.results_file(str(tmp_path / "new" / "x.jsonl")) == tmp_path / "new" / "x.jsonl"
+    assert not list((tmp_path / "new").iterdir())
+    for content in ("", '{"a": 1}\n', '{"a": '):
+        (tmp_path / "x").write_text(content)
+        assert utils.results_file(str(tmp_path / "x")).read_text() == content
+    (tmp_path / "x").write_text("# Notes\n")
+    with pytest.raises(UserError, match="holds no lines of results"):
+        utils.results_file(str(tmp_path / "x"))
+    for odd in (tmp_path, "/dev/full"):
+        with pytest.raises(UserError, match="is no regular file"):
+            utils.results_file(str(odd))
