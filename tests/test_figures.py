@@ -19,13 +19,13 @@ from studies.networks import build
 
 @pytest.fixture(scope="module")
 def runs(store, small_pictures, tmp_path_factory):
-    """Two epochs of train.py with FReLU and with PReLU, and of the study's SmallNet with SReLU."""
+    """Two epochs of train.py with FReLU, one with PReLU, and two of the study's SmallNet with SReLU."""
     home = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "CHECKPOINTS", home)
         patch.setattr(frelu, "named_store", lambda name, size: small_pictures)
-        for act in ("frelu", "prelu"):
-            run(store, home / act, "--activation", act, "--epochs", "2", "--lr", "0.001")
+        for act, epochs in (("frelu", "2"), ("prelu", "1")):
+            run(store, home / act, "--activation", act, "--epochs", epochs, "--lr", "0.001")
         frelu.main(["--dataset", "sample", "--networks", "smallnet", "--activations", "srelu", "--seeds", "1",
                     "--epochs", "2", "--out", str(home / "x.jsonl")])
         (home / "frelu/sample-2/smallnet-srelu-0").rename(home / "srelu")
