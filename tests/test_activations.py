@@ -220,9 +220,9 @@ def test_a_frelu_net_is_the_formula_layer_by_layer(order):
 def test_a_run_logs_what_is_learnt_and_resumes(store, tmp_path):
     """A line an epoch, the checkpoint's value; stopped and resumed it is the unbroken run."""
     options = ["--activation", "frelu", "--lr", "0.001", "--epochs", "2"]
-    run(store, tmp_path / "whole", *options)
-    run(store, tmp_path / "parts", *options, "--max-steps", "8")
-    resume(tmp_path / "parts", "--max-steps", "12")
+    run(store, tmp_path / "whole", *options, batch=48)
+    run(store, tmp_path / "parts", *options, "--max-steps", "3", batch=48)
+    resume(tmp_path / "parts", "--max-steps", "4")
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
     log = numbers(tmp_path / "whole")
@@ -264,5 +264,5 @@ def test_train_py_watches(store, tmp_path, capsys, monkeypatch):
         return net
 
     monkeypatch.setattr(train, "starting_net", shifted)
-    run(store, tmp_path / "run", "--activation", "srelu", "--lr", "0.0001", "--epochs", "2")
+    run(store, tmp_path / "run", "--activation", "srelu", "--lr", "0.0001", "--epochs", "2", batch=96)
     assert capsys.readouterr().err.count("b has turned positive in act2 (0.") == 1
