@@ -284,8 +284,11 @@ def append_line(path: Path, entry: dict) -> None:
     """Add one JSON line to a log and bring it to the disk."""
     try:
         with open(path, "ab+") as file:
-            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a crash, or a full disk
-            file.write(b"\n" * bool(torn) + json.dumps(entry).encode() + b"\n")
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash, or a full disk, left half a line
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
