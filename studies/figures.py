@@ -26,9 +26,8 @@ from data.loader import Loader
 from data.pack import named_store
 from data.store import Store
 from model import ACTIVATIONS, activation, activation_parameters
-from recipe import split_off_activations
 from run import Busy, locked
-from studies.frelu import Inputs, falling_rates, fit, start
+from studies.frelu import Inputs, falling_rates, fit, parameter_groups, start
 from studies.networks import SIDE, build
 from train import Signals
 
@@ -185,10 +184,7 @@ def train_embedding(args, store: Store, folder: Path, act: str, device, signals:
 
 
 def plain_momentum(net: torch.nn.Module) -> torch.optim.SGD:
-    learnt, rest = split_off_activations(net)
-    groups = [{"params": list(rest.values()), "scale": 1.0, "weight_decay": 5e-4}]
-    groups += [{"params": learnt, "scale": 1.0, "weight_decay": 0.0}] * bool(learnt)
-    return torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=True)
+    return torch.optim.SGD(parameter_groups(net), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 def inputs_for(device: torch.device) -> Inputs:

@@ -164,13 +164,15 @@ def falling_rates(first: float, epochs: int, drops: tuple[int, ...] = DROPS, of:
 
 
 def make_optimizer(net: torch.nn.Module, cell: dict) -> torch.optim.SGD:
-    """Two groups; their `scale` times the schedule's rate is their rate."""
+    groups, lr = parameter_groups(net, cell["bias_rate"] or 1.0), first_rate(cell["network"])
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
+
+
+def parameter_groups(net: torch.nn.Module, scale: float = 1.0) -> list[dict]:
+    """All but what activations learn; and that, without decay. `scale` times the schedule's rate is a group's rate."""
     learnt, rest = split_off_activations(net)
     groups = [{"params": list(rest.values()), "scale": 1.0}]
-    if learnt:
-        groups.append({"params": learnt, "scale": cell["bias_rate"] or 1.0, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=first_rate(cell["network"]), momentum=0.9, nesterov=True, weight_decay=1e-4,
-                           fused=True)
+    return groups + [{"params": learnt, "scale": scale, "weight_decay": 0.0}] * bool(learnt)
 
 
 def fit(run: Run, training: Loader, inputs: Augment, rates: list[float], signals: train.Signals) -> bool:
