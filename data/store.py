@@ -297,8 +297,8 @@ class ShardWriter:
         try:
             with _disk_errors(self.folder), self.environment.begin(write=True) as transaction:
                 for key, record in self.pending:
-                    appended = transaction.put(key, record, append=True)
-                    assert appended, f"key {key!r} is out of order"
+                    if not transaction.put(key, record, append=True):
+                        raise RuntimeError(f"{self.folder}: record {int(key)} does not come after the one before it")
         except lmdb.MapFullError:  # the whole transaction is undone: grow the map and write it again
             self.environment.set_mapsize(2 * self.environment.info()["map_size"])
             return self._commit()

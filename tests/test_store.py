@@ -3,11 +3,14 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from conftest import pictures
+from helpers import ROOT
 
 from data import UserError, store
 
@@ -85,6 +88,25 @@ def test_a_newer_format_is_refused(copy):
 
 @pytest.mark.parametrize("cut", [1, 4096, 10**6])
 def test_a_truncated_store_is_refused_before_it_is_mapped(copy, cut):
+def test_a_shard_out_of_order_is_refused(tmp_path):
+    """With assertions off, too; nothing of it is written."""
+    script = """if True:
+        import sys
+        from pathlib import Path
+        from data import store
+        writer = store.ShardWriter(Path(sys.argv[1]))
+        for number in (1, 0):
+            writer.put(number, b"record")
+        writer.close()"""
+    command = [sys.executable, "-O", "-c", script, tmp_path / "shard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line == f"RuntimeError: {tmp_path / 'shard'}: record 0 does not come after the one before it"
+    with store._environment(tmp_path / "shard").begin() as transaction:
+        assert transaction.stat()["entries"] == 0
+
+
     file = copy / "train-00000" / "data.mdb"
     with open(file, "r+b") as handle:
         handle.truncate(max(0, file.stat().st_size - cut))
