@@ -128,9 +128,9 @@ def forget_mended(job: Job, numbers: range) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, in UTF-8 whatever the locale, whole or not at all."""
     beside = path.with_name(f"{path.name}.writing")
-    with open(beside, "w") as file:
+    with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

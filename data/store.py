@@ -152,9 +152,14 @@ class Store:
         """What the pictures of a split are called, in their order, where the store knows."""
         if names_file(split) not in self.manifest["files"]:
             return None
-        names = (self.path / names_file(split)).read_text(encoding="utf-8").split("\n")[:-1]
+        file = self.path / names_file(split)
+        try:
+            names = file.read_text(encoding="utf-8").split("\n")[:-1]
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is damaged (not UTF-8 text); copy or pack the store again") from None
         if len(names) != self.counts[split]:
-            raise UserError(f"{self.path / names_file(split)} has {len(names)} names for {self.counts[split]} pictures")
+            found = f"{len(names)} names for {self.counts[split]} pictures"
+            raise UserError(f"{file} is damaged ({found}); copy or pack the store again")
         return names
 
 

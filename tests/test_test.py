@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -113,6 +115,28 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             test.main(arguments)
+
+
+def test_damaged_names_are_one_line(run_folder, tree, tmp_path, monkeypatch, capsys):
+    """Bytes that are not UTF-8, or a name too many, in a file of the right size."""
+    for split in ("train", "val"):
+        for number, folder in enumerate(("cat", "dog", "cat", "dog")):  # the checkpoint's four classes
+            shutil.copytree(tree / split / folder, tree / split / f"class {number}")
+        for folder in ("cat", "dog"):
+            shutil.rmtree(tree / split / folder)
+    store = pack.pack(sources.find(str(tree)), tmp_path / "store", size=72)
+    file = store.path / "val-names.txt"
+    names = file.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["test.py", str(run_folder / "best.pt"), "--data", str(store.path)])
+    for byte, reason in ((b"\xe9", "not UTF-8 text"), (b"\n", "13 names for 12 pictures")):
+        file.write_bytes(names.replace(b"0", byte, 1))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            test.run_script(test.main)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == f"error: {file} is damaged ({reason}); copy or pack the store again\n"
+    with pytest.raises(UserError, match=r"val-names.txt is damaged \(wrong SHA-256\)"):
+        pack.main(["--verify", str(store.path)])
 
 
 def test_other_class_names_are_warned_of(run_folder, tmp_path, capsys):
