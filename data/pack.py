@@ -315,7 +315,7 @@ def _repairs(entries: list[dict]) -> dict:
 def _summary(store: Store) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in store.counts.items())
     size = sum(entry["bytes"] for entry in store.manifest["files"].values())
-    left_out = f", {len(store.manifest['skipped'])} left out" if store.manifest.get("skipped") else ""
+    left_out = f", {len(store.manifest['skipped'])} left out" if store.manifest["skipped"] else ""
     return f"{shown(store.path)}: {counts} pictures{left_out}, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
 
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from data import UserError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 MEAN = "mean.npy"
 CODECS = ("raw", "jpeg")
-HEADER = struct.Struct("<4siHHBBHII")  # magic, label, height, width, channels, codec, 0, CRC-32, length of the rest
+HEADER = struct.Struct("<4siHHBBHII")  # magic, label, height, width, channels, codec, 0, payload's CRC-32, its length
+HEADER_CRC = struct.Struct("<I")  # CRC-32 of the header; the payload follows
 MAGIC = b"ALX1"
 COMMIT_BYTES = 32 << 20  # a transaction's size: what is lost and written again when the map has to grow
 FIRST_MAP = 64 << 20
@@ -33,14 +34,14 @@ def record_key(index: int) -> bytes:
 
 def encode_record(payload: bytes, label: int, shape: tuple[int, int, int], codec: str) -> bytes:
     """Header and bytes of one picture of shape (height, width, channels)."""
-    crc = zlib.crc32(payload)
-    return HEADER.pack(MAGIC, label, *shape, CODECS.index(codec), 0, crc, len(payload)) + payload
+    header = HEADER.pack(MAGIC, label, *shape, CODECS.index(codec), 0, zlib.crc32(payload), len(payload))
+    return header + HEADER_CRC.pack(zlib.crc32(header)) + payload
 
 
 def decode_record(value, check: bool, out: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """Picture (H, W, C) uint8 and label of one record. JPEG records are always checked against their CRC, raw ones
-    where `check` is true. A raw picture is a view of the record; a JPEG is decoded into `out`, an array of its shape,
-    where there is one. Raises ValueError for a damaged record."""
+    """Picture (H, W, C) uint8 and label of one record. The header and a JPEG are always checked against their CRCs,
+    raw pixels where `check` is true. A raw picture is a view of the record; a JPEG is decoded into `out`, an array of
+    its shape, where there is one. Raises ValueError for a damaged record."""
     payload, shape, label, codec = open_record(value, check)
     if codec == "jpeg":
         return _decode_jpeg(payload, np.empty(shape, np.uint8) if out is None else out), label
@@ -49,12 +50,16 @@ def decode_record(value, check: bool, out: np.ndarray | None = None) -> tuple[np
 
 def open_record(value, check: bool) -> tuple[memoryview, tuple[int, int, int], int, str]:
     """(bytes, shape, label, codec) of one record, the bytes not decoded yet; checked as decode_record says."""
-    if len(value) < HEADER.size:
+    if len(value) < HEADER.size + HEADER_CRC.size:
         raise ValueError("the record is too short")
     magic, label, height, width, channels, codec, _, crc, length = HEADER.unpack_from(value)
-    payload = memoryview(value)[HEADER.size :]
-    if magic != MAGIC or len(payload) != length or codec >= len(CODECS):
+    (header_crc,) = HEADER_CRC.unpack_from(value, HEADER.size)
+    # Always checked, since a damaged label would pass as another class; it takes well under a microsecond.
+    if magic != MAGIC or zlib.crc32(value[: HEADER.size]) != header_crc:
         raise ValueError("the record's header is damaged")
+    payload = memoryview(value)[HEADER.size + HEADER_CRC.size :]
+    if len(payload) != length:
+        raise ValueError(f"the record has {len(payload)} bytes of a picture instead of {length}")
     if (check or CODECS[codec] == "jpeg") and zlib.crc32(payload) != crc:
         raise ValueError("the record's checksum does not match")
     return payload, (height, width, channels), label, CODECS[codec]
@@ -85,7 +90,7 @@ class Store:
     """An existing store, opened for reading.
 
     path: its folder. Files' sizes are compared with the manifest before anything is mapped, because reading past the
-    end of a mapped file kills the process. Raises UserError where something is missing, torn or too new.
+    end of a mapped file kills the process. Raises UserError where something is missing, torn or of another format.
 
     classes: names, by label. wnids: those of the classes, or None. unlabelled: splits whose classes nobody knows.
     size: the pictures' side in pixels. channels: 1 or 3. mean: (size, size, channels)
@@ -106,8 +111,8 @@ class Store:
         self.fingerprint = hashlib.sha256(text).hexdigest()
         self.name: str = self.manifest["name"]
         self.classes: list[str] = self.manifest["classes"]
-        self.wnids: list[str] | None = self.manifest.get("wnids")
-        self.unlabelled: list[str] = self.manifest.get("unlabelled", [])
+        self.wnids: list[str] | None = self.manifest["wnids"]
+        self.unlabelled: list[str] = self.manifest["unlabelled"]
         self.size: int = self.manifest["image_size"]
         self.channels: int = self.manifest["channels"]
         self.codec: str = self.manifest["codec"]
@@ -124,12 +129,16 @@ class Store:
             version = int(manifest["format"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path / MANIFEST} is damaged; pack the store again") from None
-        if version > FORMAT:
+        if version != FORMAT:
+            newer = "update the code, or " if version > FORMAT else ""
             raise UserError(
-                f"{self.path} has store format {version}, this code reads up to {FORMAT}; "
-                "update the code or pack the store again"
+                f"{self.path} has store format {version}, this code reads format {FORMAT}; "
+                f"{newer}remove the store and pack it again"
             )
-        missing = {"name", "classes", "image_size", "channels", "codec", "shards", "files", "pca"} - set(manifest)
+        missing = {
+            "name", "classes", "wnids", "image_size", "channels", "codec", "resize", "shards", "unlabelled", "skipped",
+            "repaired", "channel_mean", "pca", "files",
+        } - set(manifest)
         if missing:
             raise UserError(f"{self.path / MANIFEST} lacks {', '.join(sorted(missing))}; pack the store again")
         return manifest
@@ -178,15 +187,14 @@ class Records:
         self.labels = range(-1, 0) if split in store.unlabelled else range(len(store.classes))
         self.folders = [shard["folder"] for shard in shards]
         self.starts = np.cumsum([0] + [shard["count"] for shard in shards])
-        # The key of a shard's first picture; format 1 had no gaps where pictures were left out.
-        self.keys = [shard.get("first", start) for shard, start in zip(shards, self.starts.tolist(), strict=False)]
+        self.keys = [shard["first"] for shard in shards]  # of their first records
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def read(self, indices, check: bool = False, crops: Crops | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Pictures (n, H, W, C) uint8, or their crops (n, S, S, C), and labels (n,) int64. check: compare the CRC of
-        raw records, too."""
+        raw pixels, too."""
         side = crops.size if crops else self.shape[0]
         images = np.empty((len(indices), side, side, self.shape[2]), np.uint8)
         labels = np.empty(len(indices), np.int64)

@@ -12,7 +12,7 @@ import pytest
 from conftest import pictures
 from helpers import ROOT
 
-from data import UserError, store
+from data import UserError, encode, store
 
 
 @pytest.fixture
@@ -27,12 +27,14 @@ def edit_manifest(folder, **changes):
 
 
 def test_a_records_bytes_are_the_documented_ones():
-    """magic, label, height, width, channels, codec, 0, CRC-32, length, then the pixels: data/README.md."""
+    """magic, label, height, width, channels, codec, 0, the pixels' CRC-32 and length, the CRC-32 of all that, then the
+    pixels: data/README.md."""
     pixels = pictures(1, (72, 72, 3))[0]
     value = store.encode_record(pixels.tobytes(), 7, pixels.shape, "raw")
-    assert struct.unpack("<4siHHBBHII", value[:24]) == (
-        b"ALX1", 7, 72, 72, 3, 0, 0, zlib.crc32(pixels.tobytes()), 15552,
+    assert struct.unpack("<4siHHBBHIII", value[:28]) == (
+        b"ALX1", 7, 72, 72, 3, 0, 0, zlib.crc32(pixels.tobytes()), 15552, zlib.crc32(value[:24]),
     )
+    assert value[28:] == pixels.tobytes()
     picture, label = store.decode_record(value, check=True)
     assert label == 7
     assert np.array_equal(picture, pixels)
@@ -46,6 +48,19 @@ def test_a_flipped_bit_is_found():
     for short in (value[:10], value[:-1], b"ALX9" + value[4:]):
         with pytest.raises(ValueError, match="record"):
             store.decode_record(bytes(short), check=True)
+
+
+@pytest.mark.parametrize("codec", ["raw", "jpeg"])
+@pytest.mark.parametrize("check", [True, False])
+def test_each_flipped_bit_of_a_header_is_found(codec, check):
+    """Label bits above all, which would pass as another class; also where raw pixels are not checked."""
+    value = store.encode_record(encode.payload(pictures(1, (16, 16, 3))[0], codec), 5, (16, 16, 3), codec)
+    assert store.decode_record(value, check)[1] == 5
+    for bit in range(8 * 28):
+        flipped = bytearray(value)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match="the record's header is damaged"):
+            store.decode_record(bytes(flipped), check)
 
 
 def test_reading_across_shards_keeps_the_order(grey_store):
@@ -73,21 +88,6 @@ def test_map_grows_while_writing(tmp_path, monkeypatch, build):
         assert [transaction.get(store.record_key(n)) for n in range(100)] == records
 
 
-def test_file_format_is_that_of_lmdb_09(store):
-    """Data format 1 (bytes 20 to 23 of the first meta page): readers built on LMDB 0.9 open it."""
-    content = (store.path / "train-00000" / "data.mdb").read_bytes()[:24]
-    assert struct.unpack("<I", content[16:20])[0] == 0xBEEFC0DE
-    assert struct.unpack("<I", content[20:24])[0] == 1
-
-
-def test_a_newer_format_is_refused(copy):
-    edit_manifest(copy, format=3)
-    with pytest.raises(UserError, match=r"store format 3, this code reads up to 2"):
-        store.Store(copy)
-
-
-@pytest.mark.parametrize("cut", [1, 4096, 10**6])
-def test_a_truncated_store_is_refused_before_it_is_mapped(copy, cut):
 def test_a_shard_out_of_order_is_refused(tmp_path):
     """With assertions off, too; nothing of it is written."""
     script = """if True:
@@ -107,6 +107,35 @@ def test_a_shard_out_of_order_is_refused(tmp_path):
         assert transaction.stat()["entries"] == 0
 
 
+def test_file_format_is_that_of_lmdb_09(store):
+    """Data format 1 (bytes 20 to 23 of the first meta page): readers built on LMDB 0.9 open it."""
+    content = (store.path / "train-00000" / "data.mdb").read_bytes()[:24]
+    assert struct.unpack("<I", content[16:20])[0] == 0xBEEFC0DE
+    assert struct.unpack("<I", content[20:24])[0] == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_another_format_is_refused(copy, number):
+    """Older or newer: one line that says what is and what to do."""
+    edit_manifest(copy, format=number)
+    newer = "update the code, or " if number == 4 else ""
+    with pytest.raises(UserError) as caught:
+        store.Store(copy)
+    assert str(caught.value) == (
+        f"{copy} has store format {number}, this code reads format 3; {newer}remove the store and pack it again"
+    )
+
+
+def test_what_a_manifest_lacks_is_named(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for key in set(manifest) - {"format"}:
+        (copy / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
+        with pytest.raises(UserError, match=f"lacks {key}; pack the store again"):
+            store.Store(copy)
+
+
+@pytest.mark.parametrize("cut", [1, 4096, 10**6])
+def test_a_truncated_store_is_refused_before_it_is_mapped(copy, cut):
     file = copy / "train-00000" / "data.mdb"
     with open(file, "r+b") as handle:
         handle.truncate(max(0, file.stat().st_size - cut))
@@ -125,9 +154,6 @@ def test_missing_files_and_foreign_folders_are_named(copy, tmp_path):
     (copy / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         store.Store(copy)
-    (copy / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match="lacks"):
-        store.Store(copy)
 
 
 def test_a_damaged_mean_is_named(copy):
@@ -135,21 +161,6 @@ def test_a_damaged_mean_is_named(copy):
     (copy / "mean.npy").write_bytes(b"X" + mean[1:])
     with pytest.raises(UserError, match=r"mean.npy is damaged"):
         store.Store(copy)
-
-
-def test_a_store_of_format_1_is_read(copy):
-    """Its shards have no `first`, its manifest no wnids, repairs and unlabelled splits; keys count through the shards,
-    as they do here, where nothing was left out."""
-    expected = store.Store(copy).split("train").read(np.arange(96))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for name in ("wnids", "repaired", "unlabelled"):
-        del manifest[name]
-    for shard in (shard for part in manifest["shards"].values() for shard in part):
-        del shard["first"]
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    old = store.Store(copy)
-    assert all(np.array_equal(*pair) for pair in zip(old.split("train").read(np.arange(96)), expected, strict=True))
-    assert (old.wnids, old.unlabelled, old.names("val")) == (None, [], None)
 
 
 def test_a_damaged_record_is_named(copy):
@@ -162,6 +173,19 @@ def test_a_damaged_record_is_named(copy):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"picture 5: .*checksum.*--verify"):
         store.Store(copy).split("train").read(np.arange(10), check=True)
+
+
+def test_a_damaged_label_is_named_while_streaming(copy):
+    """Class 1 became class 0, one bit away; raw pixels alone are not checked then."""
+    file = copy / "train-00000" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    picture = store.Store(copy).split("train").read(np.array([5]))[0][0]
+    label = bytes(content).index(picture.tobytes()) - 28 + 4
+    assert content[label] == 1
+    content[label] = 0
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"picture 5: the record's header is damaged; .*--verify"):
+        store.Store(copy).split("train").read(np.arange(10))
 
 
 def test_a_jpeg_records_checksum_is_always_compared():
