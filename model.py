@@ -32,11 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# How each is made. Two work in place: no other layer here needs what they overwrite.
-ACTIVATIONS = {
-    "relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh, "elu": lambda: nn.ELU(inplace=True), "prelu": nn.PReLU,
-    "srelu": lambda: SReLU(), "frelu": lambda: FReLU(),
-}
 ORDERS = ("paper", "2012")
 RECIPES = ("2012", "paper")
 
@@ -46,12 +41,6 @@ LRN_ALPHAS = ("2012", "paper")
 
 # The smallest inputs that leave a pixel after the last pool.
 SMALLEST = {"paper": 63, "2012": 64}
-
-# On a CPU, LRN works through the batch in pieces that stay in the cache: this many numbers at a time. Its temporary
-# tensors have to be smaller than 2 MB: from there on they lie in pages of 2 MB (utils.huge_pages), which are given back
-# and zeroed anew for each piece. At (64, 96, 55, 55), forward + backward on one thread, 300,000 cause 16,000 page
-# faults and 80 ms in Linux, 600,000 cause 215,000 and 640 ms.
-CPU_PIECE = 300_000
 
 
 class AlexNet(nn.Module):
@@ -162,16 +151,25 @@ class AlexNet(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size) or not images.is_floating_point():
             got = f"{tuple(images.shape)} {images.dtype}"
             raise ValueError(f"this net takes float images of shape (N, 3, {size}, {size}), not {got}")
-        late = self.config["order"] == "2012"  # the ReLU comes late in layers 1 and 5
         # Shapes in brackets are those of 224 x 224 pictures.
-        x = self.conv1(self.pad1(images) if late else images)  # (N, 96, 55, 55)
-        x = self.act1(self.pool1(self.norm1(x))) if late else self.pool1(self.norm1(self.act1(x)))  # (N, 96, 27, 27)
-        x = self.norm2(self.act2(self.conv2(x)))  # (N, 256, 27, 27)
-        x = self.pool2(self.mapnorm2(x) if late else x)  # (N, 256, 13, 13)
-        x = self.act3(self.conv3(x))  # (N, 384, 13, 13)
-        x = self.act4(self.conv4(x))  # (N, 384, 13, 13)
-        x = self.conv5(x)  # (N, 256, 13, 13)
-        x = self.act5(self.pool3(x)) if late else self.pool3(self.act5(x))  # (N, 256, 6, 6); the same numbers
+        if self.config["order"] == "paper":
+            x = self.act1(self.conv1(images))  # (N, 96, 55, 55)
+            x = self.pool1(self.norm1(x))  # (N, 96, 27, 27)
+            x = self.act2(self.conv2(x))  # (N, 256, 27, 27)
+            x = self.pool2(self.norm2(x))  # (N, 256, 13, 13)
+            x = self.act3(self.conv3(x))  # (N, 384, 13, 13)
+            x = self.act4(self.conv4(x))  # (N, 384, 13, 13)
+            x = self.act5(self.conv5(x))  # (N, 256, 13, 13)
+            x = self.pool3(x)  # (N, 256, 6, 6)
+        else:
+            x = self.conv1(self.pad1(images))  # (N, 96, 55, 55)
+            x = self.act1(self.pool1(self.norm1(x)))  # (N, 96, 27, 27)
+            x = self.act2(self.conv2(x))  # (N, 256, 27, 27)
+            x = self.pool2(self.mapnorm2(self.norm2(x)))  # (N, 256, 13, 13)
+            x = self.act3(self.conv3(x))  # (N, 384, 13, 13)
+            x = self.act4(self.conv4(x))  # (N, 384, 13, 13)
+            x = self.conv5(x)  # (N, 256, 13, 13)
+            x = self.act5(self.pool3(x))  # (N, 256, 6, 6)
         x = x.flatten(1)  # (N, 9216), channel by channel
         x = self.drop6(self.act6(self.fc6(x)))  # (N, 4096)
         return self.drop7(self.act7(self.fc7(x)))  # (N, 4096)
@@ -179,6 +177,49 @@ class AlexNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (N, num_classes), of float images (N, 3, S, S) on the 0..255 scale with the mean subtracted."""
         return self.fc8(self.features(images))
+
+
+class LocalResponseNorm(nn.Module):
+    """The paper's LRN (section 3.3) over the channels of (N, C, H, W), for positive and negative inputs alike:
+
+        b[c] = a[c] / (k + alpha / n * (sum of a[j] ** 2 over the n channels j around c)) ** beta
+
+    The sum stops at the first and last channel of a column. The division of alpha by n is the 2012 code's; Caffe and
+    torch.nn.LocalResponseNorm do the same. Works in float32 or better; the output has the input's dtype.
+    """
+
+    def __init__(self, columns=1, size=LRN_SIZE, alpha=LRN_ALPHA, beta=LRN_BETA, k=LRN_K):
+        super().__init__()
+        _check("size", size, size % 2 == 1, "odd")
+        self.columns, self.size, self.alpha, self.beta, self.k = columns, size, alpha, beta, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = wide(x).unflatten(1, (self.columns, -1)).unbind(1)
+        return torch.cat([self._normalise(a) for a in columns], 1).to(x.dtype)
+
+    def _normalise(self, a: Tensor) -> Tensor:
+        """One column, (N, C, H, W)."""
+        channels, around = a.shape[1], self.size // 2
+        squares = F.pad(a * a, (0, 0, 0, 0, around, around))  # zeros before the first channel and after the last
+        total = sum(squares[:, shift : shift + channels] for shift in range(self.size))
+        return a / (self.k + self.alpha / self.size * total) ** self.beta
+
+    def extra_repr(self) -> str:
+        return f"columns={self.columns}, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+
+
+class MapNorm(nn.Module):
+    """The 2012 code's norm within each map of (N, C, H, W), which the paper leaves out (layers-145.cfg, after LRN 2):
+
+        b = a / (1 + 0.001 / 25 * (sum of a ** 2 over the 5 x 5 window around it in its map)) ** 0.75
+
+    Beyond the map's edge there are zeros. Works in float32 or better; the output has the input's dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = wide(x)
+        mean_square = F.avg_pool2d(a * a, 5, stride=1, padding=2, count_include_pad=True)
+        return (a * (1 + 0.001 * mean_square) ** -0.75).to(x.dtype)
 
 
 class Dropout(nn.Module):
@@ -193,31 +234,19 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0:
             return x
-        if not self.training:
-            return x * (1 - self.p)
-        return x * self._mask(x)
+        return x * self.mask(x) if self.training else x * (1 - self.p)
 
-    def _mask(self, x: Tensor) -> Tensor:
-        if self.p != 0.5 or x.device.type != "cpu":
-            return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p)
-        # One bit of a random byte is a fair coin, and on a CPU costs a twentieth of bernoulli_.
-        words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_()
-        return (words.view(torch.uint8)[: x.numel()] & 1).view(torch.bool).view(x.shape)
+    def mask(self, x: Tensor) -> Tensor:
+        """For each number of x whether it is kept: with probability 1 - p."""
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def activation(name: str) -> nn.Module:
-    """A new activation: "relu", "tanh", "elu" (alpha 1), "prelu" (one slope a layer, from 0.25), "srelu" or "frelu".
-    ReLU and ELU overwrite their input. Raises ValueError for other names."""
-    _check("activation", name, name in list(ACTIVATIONS), " or ".join(ACTIVATIONS))
-    return ACTIVATIONS[name]()
-
-
 class FReLU(nn.Module):
     """Flexible ReLU (Qiu, Xu and Cai 2017, arXiv 1706.08098): max(x, 0) + b for float x of any shape. b is one
-    learnable number, -1 at the start; it is rounded to x's dtype, as weights are under autocast."""
+    learnable number, -1 at the start. Works in float32 or better; the output has the input's dtype."""
 
     def __init__(self):
         super().__init__()
@@ -228,49 +257,27 @@ class FReLU(nn.Module):
         nn.init.constant_(self.bias, -1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # one expression, which torch.compile makes one loop of
-            wide = x.to(torch.promote_types(x.dtype, self.bias.dtype))
-            return (wide.clamp_min(0) + self.bias).to(x.dtype)
-        return _Rectify.apply(x, self.bias, True)
+        return (F.relu(wide(x)) + self.bias).to(x.dtype)
 
 
 class SReLU(FReLU):
     """Shifted ReLU, as in the same authors' code: max(x, b). Otherwise like FReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            wide = x.to(torch.promote_types(x.dtype, self.bias.dtype))
-            return torch.where(wide <= self.bias, self.bias, wide).to(x.dtype)
-        return _Rectify.apply(x, self.bias, False)
+        a = wide(x)
+        return torch.where(a <= self.bias, self.bias, a).to(x.dtype)  # at x = b all of the gradient is b's
 
 
-class _Rectify(torch.autograd.Function):
-    """FReLU (flexible) or SReLU, for the gradient g that arrives:
+ACTIVATIONS = {
+    "relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "prelu": nn.PReLU, "srelu": SReLU, "frelu": FReLU
+}
 
-        grad x = g where the output is above b, else 0;   grad b = the sum of g, for SReLU where the output is b
 
-    Like a ReLU this keeps its output alone, which the next layer mostly keeps anyway. So FReLU's output has to be above
-    b wherever x is above 0: a smaller x is raised to `step`, or x + b could be rounded to b.
-    """
-
-    @staticmethod
-    def forward(ctx, x, b, flexible):
-        ctx.b, ctx.flexible = b.detach().to(x.dtype, copy=True), flexible
-        if flexible:
-            step = ctx.b.abs() * torch.finfo(x.dtype).eps
-            y = x.sign().clamp_min_(0).mul_(step)
-            torch.maximum(x, y, out=y).add_(ctx.b)
-        else:
-            y = x.maximum(ctx.b)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        (y,) = ctx.saved_tensors
-        passing = torch.ops.aten.threshold_backward(g, y - ctx.b, 0)
-        left = g if ctx.flexible else g - passing
-        return passing, left.sum(dtype=torch.promote_types(g.dtype, torch.float32)), None
+def activation(name: str) -> nn.Module:
+    """A new activation: "relu", "tanh", "elu" (alpha 1), "prelu" (one slope a layer, from 0.25), "srelu" or "frelu".
+    Raises ValueError for other names."""
+    _check("activation", name, name in list(ACTIVATIONS), " or ".join(ACTIVATIONS))
+    return ACTIVATIONS[name]()
 
 
 def activation_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -280,107 +287,9 @@ def activation_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: m.weight if isinstance(m, nn.PReLU) else m.bias for name, m in layers.items()}
 
 
-class LocalResponseNorm(nn.Module):
-    """The paper's LRN (section 3.3) over the channels of (N, C, H, W), for positive and negative inputs alike:
-
-        b[c] = a[c] / d[c] ** beta,   d[c] = k + alpha / n * (sum of a[j] ** 2 over the n channels j around c)
-
-    The sum stops at the first and last channel of a column. The division of alpha by n is the 2012 code's; Caffe and
-    torch.nn.LocalResponseNorm do the same. Works in float32 or better; the output has the input's dtype.
-    """
-
-    def __init__(self, columns=1, size=LRN_SIZE, alpha=LRN_ALPHA, beta=LRN_BETA, k=LRN_K):
-        super().__init__()
-        _check("size", size, size % 2 == 1, "odd")
-        self.columns, self.size, self.alpha, self.beta, self.k = columns, size, alpha, beta, k
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _LRN.apply(x, self.columns, self.size, self.alpha / self.size, self.beta, self.k)
-
-    def extra_repr(self) -> str:
-        return f"columns={self.columns}, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
-
-
-class _LRN(torch.autograd.Function):
-    """LRN with its derivative written out. With s = alpha / n, and g the gradient that arrives at b:
-
-        grad[c] = g[c] / d[c] ** beta  -  2 s beta a[c] * (sum of g[j] a[j] / d[j] ** (beta + 1) over j around c)
-
-    Only the input is kept: computing d once more in the cache is as fast as reading it back from memory.
-    """
-
-    @staticmethod
-    def forward(ctx, a, columns, size, scale, beta, k):
-        ctx.save_for_backward(a)
-        ctx.options = columns, size, scale, beta, k
-        b = torch.empty_like(a)
-        for a_piece, b_piece in _pieces(columns, a, b):
-            b_piece.copy_(a_piece * _power(_denominator(a_piece, size, scale, k), beta))
-        return b
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (a,) = ctx.saved_tensors
-        columns, size, scale, beta, k = ctx.options
-        grad = torch.empty_like(a)
-        for a_piece, g_piece, grad_piece in _pieces(columns, a, g, grad):
-            d = _denominator(a_piece, size, scale, k)
-            direct = g_piece * _power(d, beta)
-            through_d = _window_sum(direct * a_piece / d, size)
-            grad_piece.copy_(direct.addcmul_(a_piece, through_d, value=-2 * scale * beta))
-        return grad, None, None, None, None, None
-
-
-def _pieces(columns: int, *tensors: Tensor):
-    """Tuples of matching parts of (N, C, H, W) tensors as (n, columns, C / columns, H, W): all in one piece,
-    except on a CPU."""
-    first = tensors[0]
-    if first.device.type != "cpu" or torch.compiler.is_compiling():
-        n = max(1, len(first))
-    else:
-        n = max(1, CPU_PIECE * len(first) // max(1, first.numel()))
-    views = [t.unflatten(1, (columns, t.shape[1] // columns)) for t in tensors]
-    return zip(*(v.split(n) for v in views), strict=True)
-
-
-def _denominator(a: Tensor, size: int, scale: float, k: float) -> Tensor:
-    a = a.to(torch.promote_types(a.dtype, torch.float32))
-    return _window_sum(a * a, size).mul_(scale).add_(k)
-
-
-def _window_sum(x: Tensor, size: int) -> Tensor:
-    """For each channel of (n, columns, C, H, W), the sum over the `size` channels around it in its column."""
-    if torch.compiler.is_compiling():  # one expression, which torch.compile makes one loop of
-        padded = F.pad(x, (0, 0, 0, 0, size // 2, size // 2))
-        return sum(padded[:, :, first : first + x.shape[2]] for first in range(size))
-    total = x.clone()
-    for offset in range(1, min(size // 2 + 1, x.shape[2])):
-        total[:, :, offset:] += x[:, :, :-offset]
-        total[:, :, :-offset] += x[:, :, offset:]
-    return total
-
-
-def _power(d: Tensor, beta: float) -> Tensor:
-    """d ** -beta; for the paper's 0.75 as a product of square roots, several times faster than pow."""
-    if beta != 0.75:
-        return d.pow(-beta)
-    root = d.rsqrt()
-    return root.sqrt().mul_(root)
-
-
-class MapNorm(nn.Module):
-    """The 2012 code's norm within each map of (N, C, H, W), which the paper leaves out (layers-145.cfg, after LRN 2):
-
-        b = a / (1 + 0.001 / 25 * (sum of a ** 2 over the 5 x 5 window around it in its map)) ** 0.75
-
-    Beyond the map's edge there are zeros. Works in float32 or better; the output has the input's dtype.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = F.avg_pool2d(a * a, 5, stride=1, padding=2, count_include_pad=True)
-        return (a * (1 + 0.001 * mean_square).pow(-0.75)).to(x.dtype)
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_options(num_classes, image_size, columns, order, activation, dropout, lrn_alpha, lrn_k, **_flags) -> None:

@@ -210,7 +210,7 @@ def check_fit(paths: list[Path], checkpoints: list[dict], store: Store) -> None:
 def member(checkpoint: dict, path: Path, device):
     """(net, Augment) of a checkpoint."""
     net = utils.build_net(checkpoint, path).to(device, memory_format=torch.channels_last).eval()
-    accelerate(net, say=lambda _: None)
+    accelerate(net)
     return net, Augment(checkpoint["image_size"], checkpoint["mean"], device=device)
 
 

@@ -61,14 +61,14 @@ def main(argv=None) -> int:
     torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN try its algorithms once
 
     net = starting_net(args, store).to(device, memory_format=torch.channels_last)
-    kernels = ["LRN of model.py, dense layers of torch"] if args.kernels == "off" else []
+    kernels = "LRN of model.py, dense layers of torch"
     if args.kernels != "off":
-        accelerate(net, gpu_kernels=args.kernels == "on", say=kernels.append)
+        kernels = accelerate(net, gpu_kernels=args.kernels == "on")
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     run = Run(args, store, device, rank, world, net, optimizer, State(), Schedule(args.lr, args.patience),
-              kernels[0])
+              kernels)
     if args.resume:
         load_last(run)
         if is_over(run):

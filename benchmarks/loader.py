@@ -258,7 +258,8 @@ def training(store: Store, size: int, batch: int, steps: int) -> dict:
     """Seconds of a step from a store and of one on a fixed batch, by turns, `steps` of each after two that are not
     counted; without workers, as train.py on a CPU."""
     torch.manual_seed(0)
-    net = accelerate(AlexNet(CLASSES, image_size=size).to(memory_format=torch.channels_last), say=lambda _: None)
+    net = AlexNet(CLASSES, image_size=size).to(memory_format=torch.channels_last)
+    accelerate(net)
     optimizer = make_optimizer(net, recipe="2012", lr=1e-5, momentum=0.9, weight_decay=5e-4)
     loader = Loader(store, "train", resident=size == 64)
     augment = Augment(size, store.mean, colour="2012", pca=store.manifest["pca"])

@@ -2,10 +2,10 @@
 
     python -m benchmarks.lrn [--batch 64] [--dtype float32|bfloat16|float16] [--repeats 9] [--device auto] [--json]
 
-Against torch's own function, eager and under torch.compile, and model.py's LRN, which needs no compiler. The input is
-what LRN 1 sees in the net at 224 pixels: conv1 and ReLU over pictures of the bundled sample, (batch, 96, 55, 55), in
-both memory layouts. The limit is five tensors (forward one read, one written, backward two read, one written) over the
-rate of a copy. All run with pages of 2 MB, as train.py does.
+kernels.py's LRN, in C or Triton and in torch's operations, and model.py's formula, against torch's own function, eager
+and under torch.compile. The input is what LRN 1 sees in the net at 224 pixels: conv1 and ReLU over pictures of the
+bundled sample, (batch, 96, 55, 55), in both memory layouts. The limit is five tensors (forward one read, one written,
+backward two read, one written) over the rate of a copy. All run with pages of 2 MB, as train.py does.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import utils
 from benchmarks.timing import copy_rate, interleaved, milliseconds, pictures
 from data.cli import Parser, run_script, whole
-from kernels import FastLRN, trouble_with_lrn
+from kernels import FAST_LRN, TorchLRN, trouble_with_lrn
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet, LocalResponseNorm
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -44,11 +44,12 @@ def torch_lrn(x):
 def contenders(inputs: torch.Tensor) -> dict:
     """Functions of the input by name; None where one can't run here."""
     device = inputs.device.type
-    fast = None if trouble_with_lrn(device, True) else FastLRN(LocalResponseNorm(), device)
+    fast = None if trouble_with_lrn(device, True) else FAST_LRN[device]()
     kernel = "kernels.py, Triton" if inputs.is_cuda else "kernels.py, C"
     return {
         TORCHS: torch_lrn, f"{TORCHS}, torch.compile": torch.compile(torch_lrn),
-        "model.LocalResponseNorm": LocalResponseNorm(), kernel: fast if fast and fast.fits(inputs) else None,
+        "model.LocalResponseNorm": LocalResponseNorm(), "kernels.py, torch": TorchLRN(),
+        kernel: fast if fast and fast.fits(inputs) else None,
     }
 
 

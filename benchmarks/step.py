@@ -162,7 +162,7 @@ def make_step(contender: Contender, args, device: torch.device):
     else:
         optimizer = make_optimizer(net, recipe="2012", lr=1e-4, momentum=0.9, weight_decay=5e-4)
     if contender.net in ("fast", "triton"):
-        accelerate(net, gpu_kernels=contender.net == "triton", say=lambda _: None)
+        accelerate(net, gpu_kernels=contender.net == "triton")
     model = torch.compile(net) if contender.compiled else net
     return lambda: train_step(model, optimizer, images, labels, args.precision)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data import sources
-from kernels import onednn
+from kernels import trouble_with_dense
 
 
 def interleaved(contenders: dict, repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -48,7 +48,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     width = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     contenders = {"torch": lambda: a @ b}
-    if device.type == "cpu" and onednn():
+    if not trouble_with_dense(device.type):
         contenders["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     times = interleaved(contenders, 10, device)
     return 2 * width**3 / min(min(t) for t in times.values())

@@ -139,17 +139,16 @@ def start(
         utils.seed_all(args.seed)
         net = build(network, len(store.classes), args.activation)
         net.to(device, memory_format=torch.channels_last)
-        kernels = []
-        accelerate(net, say=kernels.append)
+        kernels = accelerate(net)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         run = Run(args, store, device, 0, 1, net, optimizer_of(net), State(), Schedule(args.lr, patience=args.epochs),
-                  kernels[0], warned=True)  # what it would say of a plateau is for train.py
+                  kernels, warned=True)  # what it would say of a plateau is for train.py
         if resume:
             load_last(run)
     except UserError as error:
         raise UserError(f"{error}; to train this run anew, remove {shown(folder)}") from None
     write_start(run)
-    print(f"{network}, {args.activation}, seed {args.seed}: {kernels[0]}", flush=True)
+    print(f"{network}, {args.activation}, seed {args.seed}: {kernels}", flush=True)
     return run
 
 

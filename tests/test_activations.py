@@ -10,30 +10,33 @@ from torch import nn
 import model
 import train
 import utils
+from kernels import FastFReLU, FastSReLU, accelerate
 from model import AlexNet, FReLU, SReLU, activation, activation_parameters
 from recipe import make_optimizer
 from run import Run, watch_activations
 from studies import networks
 
 FORMULAS = {"frelu": lambda x, b: F.relu(x) + b, "srelu": lambda x, b: torch.where(x > b, x, b)}
+LAYERS = {"frelu": (FReLU, FastFReLU), "srelu": (SReLU, FastSReLU)}
+EACH = [pytest.param(name, kind, id=kind.__name__) for name, kinds in LAYERS.items() for kind in kinds]
 SHAPES = [(7,), (3, 5), (2, 3, 5, 7), (1, 1, 1, 1), (0, 3, 2, 2), (4, 0)]
 
 
-def applied(name):
+def applied(kind):
     """The module as a function of x and b."""
-    return lambda x, b: torch.func.functional_call(activation(name), {"bias": b}, (x,))
+    return lambda x, b: torch.func.functional_call(kind(), {"bias": b}, (x,))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("b", [-1.0, -0.37, 0.0, 0.6])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_frelu_and_srelu_equal_autograd_on_the_formula(name, b, shape):
+@pytest.mark.parametrize(("name", "kind"), EACH)
+def test_frelu_and_srelu_equal_autograd_on_the_formula(name, kind, b, shape):
     """In float64, output and both gradients; b's is the sum over the tensor."""
     torch.manual_seed(0)
     x, g = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     x.view(-1)[:2] = torch.tensor([0.0, b])[: x.numel()]  # at the kinks: there nothing passes to x
     results = []
-    for function in (FORMULAS[name], applied(name)):
+    for function in (FORMULAS[name], applied(kind)):
         leaves = x.clone().requires_grad_(), torch.tensor(b, dtype=torch.float64, requires_grad=True)
         y = function(*leaves)
         results.append((y.detach(), *torch.autograd.grad(y, leaves, g)))
@@ -42,26 +45,27 @@ def test_frelu_and_srelu_equal_autograd_on_the_formula(name, b, shape):
     torch.testing.assert_close(results[1][2], reached.sum(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_finite_differences(name):
+@pytest.mark.parametrize(("name", "kind"), EACH)
+def test_finite_differences(name, kind):
     """First and second derivatives, away from the kink."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     x = torch.where((x.abs() < 0.01) | ((x + 0.8).abs() < 0.01), 0.5, x).requires_grad_()
     b = torch.tensor(-0.8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(applied(name), (x, b))
-    assert torch.autograd.gradgradcheck(applied(name), (x, b))
+    assert torch.autograd.gradcheck(applied(kind), (x, b))
+    assert torch.autograd.gradgradcheck(applied(kind), (x, b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("b", [-1.0, -0.3, 0.0, 2.5])
-def test_the_gradient_is_exact_however_small_the_input(dtype, b):
+@pytest.mark.parametrize("kind", LAYERS["frelu"])
+def test_the_gradient_is_exact_however_small_the_input(kind, dtype, b):
     """Where x + b is rounded to b the output cannot be told from b's; the gradient passes all the same, and the output
     is off by two units in the last place at most."""
     tiny = torch.finfo(dtype).tiny
     values = [-3.0, -1e-3, -tiny, 0.0, -0.0, tiny, 1e-7, 1e-4, 1e-3, 0.02, 1.0, 300.0, float("inf"), -float("inf")]
     x = torch.tensor(values, dtype=dtype, requires_grad=True)
-    layer = FReLU()
+    layer = kind()
     nn.init.constant_(layer.bias, b)
     y = layer(x)
     y.backward(torch.ones_like(y))
@@ -76,18 +80,18 @@ def test_the_gradient_is_exact_however_small_the_input(dtype, b):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nan_is_passed_on(compiled):
-    for layer in (FReLU(), SReLU()):
+    for layer in (FReLU(), SReLU(), FastFReLU(), FastSReLU()):
         forward = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
         assert forward(torch.tensor([float("nan"), -2.0])).isnan().tolist() == [True, False]
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize(("name", "kind"), EACH)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_bf16_and_autocast(name, compiled):
+def test_bf16_and_autocast(name, kind, compiled):
     """The output has the input's dtype, as a convolution's under autocast; b's gradient is summed up in float32."""
     torch.manual_seed(0)
     x = torch.randn(64, 8, 16, 16).bfloat16().requires_grad_()
-    layer = activation(name)
+    layer = kind()
     forward = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
     with torch.autocast("cpu", torch.bfloat16):
         y = forward(x)
@@ -101,30 +105,34 @@ def test_bf16_and_autocast(name, compiled):
     assert layer.bias.grad.item() == pytest.approx(reached.double().sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", model.ACTIVATIONS)
-def test_layouts_and_batches_of_none(name):
+@pytest.mark.parametrize("kind", [*model.ACTIVATIONS.values(), FastFReLU, FastSReLU])
+def test_layouts_and_batches_of_none(kind):
     x = torch.randn(3, 4, 5, 6)
-    right = activation(name)(x.clone())
+    right = kind()(x)
     for given in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
         strides = given.stride()
-        y = activation(name)(given)
+        y = kind()(given)
         assert y.stride() == strides
         torch.testing.assert_close(y, right)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     g = torch.randn(3, 4, 5, 6)  # a gradient may arrive in the other layout
-    (grad,) = torch.autograd.grad(activation(name)(x * 1), x, g)
-    torch.testing.assert_close(grad, torch.autograd.grad(activation(name)(x.contiguous() * 1), x, g)[0])
-    assert activation(name)(torch.empty(0, 4, 5, 6)).shape == (0, 4, 5, 6)
+    (grad,) = torch.autograd.grad(kind()(x), x, g)
+    torch.testing.assert_close(grad, torch.autograd.grad(kind()(x.contiguous()), x, g)[0])
+    assert kind()(torch.empty(0, 4, 5, 6)).shape == (0, 4, 5, 6)
 
 
-def test_a_net_takes_a_batch_of_none():
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_net_takes_a_batch_of_none(fast):
     net = AlexNet(10, image_size=64, activation="frelu")
+    if fast:
+        accelerate(net)
     net(torch.empty(0, 3, 64, 64)).sum().backward()
     assert all((p.grad == 0).all() for p in net.parameters())
 
 
 def kept_bytes(net, x) -> int:
-    """What autograd keeps of a forward pass, each piece of memory once, parameters not at all."""
+    """What autograd keeps of an accelerated net's forward pass, each piece of memory once, parameters not at all."""
+    accelerate(net)
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept = {}
 
@@ -198,13 +206,16 @@ def test_init_weights_starts_them_anew(name, start):
 
 
 @pytest.mark.parametrize("order", ["paper", "2012"])
-def test_a_frelu_net_is_the_formula_layer_by_layer(order):
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_frelu_net_is_the_formula_layer_by_layer(order, fast):
     """AlexNet with FReLU against the same net with each activation replaced by the formula: a check that nothing in it
     relies on activations that work in place."""
     torch.manual_seed(0)
     net = AlexNet(5, image_size=64, activation="frelu", order=order, dropout=0)
     for number, p in enumerate(activation_parameters(net).values()):
         nn.init.constant_(p, -0.1 * number)
+    if fast:
+        accelerate(net)
     images, labels = 50 * torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2])
     grads = []
     for _ in range(2):

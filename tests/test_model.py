@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+from kernels import FastDropout, TorchLRN
 from model import AlexNet, Dropout, LocalResponseNorm, MapNorm
 
 # Side of each layer's output; channels are the paper's everywhere.
@@ -100,6 +101,9 @@ def test_wrong_inputs_say_what_is_taken(images):
 # ---------------------------------------------------------------------------------------------- LRN
 
 
+LRNS = [LocalResponseNorm, TorchLRN]  # the formula, and torch's operations with its derivative written out
+
+
 def lrn_by_loop(a: torch.Tensor, columns: int = 1) -> torch.Tensor:
     """The paper's formula (section 3.3), channel by channel; alpha divided by n."""
     b, width = torch.empty_like(a), a.shape[1] // columns
@@ -111,14 +115,16 @@ def lrn_by_loop(a: torch.Tensor, columns: int = 1) -> torch.Tensor:
     return b
 
 
+@pytest.mark.parametrize("lrn", LRNS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(2, 96, 5, 7), (3, 7, 4, 4), (1, 2, 3, 3), (2, 4, 1, 1), (0, 8, 3, 3)])
-def test_lrn_equals_torch_and_a_loop(shape, layout):
+def test_lrn_equals_torch_and_a_loop(shape, layout, lrn):
     """Forward and gradient in float64, on shapes that are not round."""
     torch.manual_seed(0)
     a = (100 * torch.randn(shape, dtype=torch.float64)).to(memory_format=layout).requires_grad_()
     grad = torch.randn(shape, dtype=torch.float64)
-    ours = LocalResponseNorm()(a)
+    ours = lrn()(a)
+    assert not a.numel() or ours.is_contiguous(memory_format=layout)
     (our_grad,) = torch.autograd.grad(ours, a, grad)
     references = [lrn_by_loop(a)]
     if a.numel():
@@ -129,38 +135,32 @@ def test_lrn_equals_torch_and_a_loop(shape, layout):
         torch.testing.assert_close(our_grad, their_grad, rtol=1e-12, atol=1e-12)
 
 
-def test_lrn_gradient_by_finite_differences():
+@pytest.mark.parametrize("lrn", LRNS)
+def test_lrn_gradient_by_finite_differences(lrn):
     a = (30 * torch.randn(2, 9, 2, 3, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(LocalResponseNorm(alpha=0.02), a)
-    assert torch.autograd.gradcheck(LocalResponseNorm(size=3, beta=0.5, k=1.0, alpha=0.1), a)
+    assert torch.autograd.gradcheck(lrn(alpha=0.02), a)
+    assert torch.autograd.gradcheck(lrn(size=3, beta=0.5, k=1.0, alpha=0.1), a)
 
 
-def test_lrn_in_pieces_is_lrn_at_once(monkeypatch):
-    """The CPU path cuts the batch; where it cuts makes no difference to a bit."""
-    a = (50 * torch.randn(7, 16, 3, 3)).requires_grad_()
-    whole = LocalResponseNorm()(a)
-    (whole_grad,) = torch.autograd.grad(whole.sum(), a)
-    monkeypatch.setattr(model, "CPU_PIECE", 300)
-    pieces = LocalResponseNorm()(a)
-    assert torch.equal(whole, pieces)
-    assert torch.equal(whole_grad, torch.autograd.grad(pieces.sum(), a)[0])
-
-
-def test_lrn_stays_within_a_column():
+@pytest.mark.parametrize("lrn", LRNS)
+def test_lrn_stays_within_a_column(lrn):
     a = 100 * torch.randn(2, 8, 3, 3, dtype=torch.float64)
-    halves = torch.cat([LocalResponseNorm()(half.contiguous()) for half in a.chunk(2, 1)], 1)
-    torch.testing.assert_close(LocalResponseNorm(columns=2)(a), halves, rtol=0, atol=0)
-    torch.testing.assert_close(LocalResponseNorm(columns=2)(a), lrn_by_loop(a, 2), rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(LocalResponseNorm(columns=1)(a), halves)
+    halves = torch.cat([lrn()(half.contiguous()) for half in a.chunk(2, 1)], 1)
+    torch.testing.assert_close(lrn(columns=2)(a), halves, rtol=0, atol=0)
+    torch.testing.assert_close(lrn(columns=2)(a), lrn_by_loop(a, 2), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(lrn(columns=1)(a), halves)
+    with pytest.raises(RuntimeError):
+        lrn(columns=2)(a[:, :7])  # 7 channels are not two columns
 
 
+@pytest.mark.parametrize("lrn", LRNS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lrn_under_autocast_computes_in_float32(dtype):
+def test_lrn_under_autocast_computes_in_float32(dtype, lrn):
     """A half-precision input gives the float32 result rounded once, and its own dtype, forward and gradient."""
     a = (100 * torch.randn(2, 16, 5, 5)).to(dtype).requires_grad_()
     grad = torch.randn(2, 16, 5, 5).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = LocalResponseNorm()(a)
+        ours = lrn()(a)
     exact = a.detach().double().requires_grad_()
     theirs = F.local_response_norm(exact, 5, alpha=1e-4, beta=0.75, k=2.0)
     assert ours.dtype == dtype
@@ -174,10 +174,11 @@ def test_lrn_under_autocast_computes_in_float32(dtype):
 # ---------------------------------------------------------------------------------------------- dropout, columns, init
 
 
-def test_dropout_is_not_rescaled():
+@pytest.mark.parametrize("dropout", [Dropout, FastDropout])
+def test_dropout_is_not_rescaled(dropout):
     """Paper, section 4.2: training gives 0 or x, testing x * 0.5."""
     x = torch.full((1000, 100), 3.0, requires_grad=True)
-    out = Dropout(0.5).train()(x)
+    out = dropout(0.5).train()(x)
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(grad, (out != 0).float())  # what is dropped learns nothing
     out = out.detach()
@@ -185,17 +186,19 @@ def test_dropout_is_not_rescaled():
     assert (out == 0).float().std(1).min() > 0.3
     assert set(out.unique().tolist()) == {0.0, 3.0}
     assert abs((out == 0).float().mean().item() - 0.5) < 0.01
-    assert torch.equal(Dropout(0.5).eval()(x), x * 0.5)
-    assert torch.equal(Dropout(0.0).train()(x), x)
+    assert torch.equal(dropout(0.5).eval()(x), x * 0.5)
+    assert torch.equal(dropout(0.0).train()(x), x)
+    assert abs((dropout(0.2).train()(x) == 0).float().mean().item() - 0.2) < 0.01
 
 
-def test_dropout_masks_come_from_the_global_generator():
+@pytest.mark.parametrize("dropout", [Dropout, FastDropout])
+def test_dropout_masks_come_from_the_global_generator(dropout):
     x = torch.ones(50, 50)
     torch.manual_seed(5)
-    first = Dropout(0.5)(x)
+    first = dropout(0.5)(x)
     torch.manual_seed(5)
-    assert torch.equal(first, Dropout(0.5)(x))
-    assert not torch.equal(first, Dropout(0.5)(x))
+    assert torch.equal(first, dropout(0.5)(x))
+    assert not torch.equal(first, dropout(0.5)(x))
 
 
 def test_two_columns_are_two_nets_wired_by_hand():
