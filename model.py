@@ -56,7 +56,8 @@ class AlexNet(nn.Module):
         conv1 pads zeros on the right and at the bottom only, as many as its last window needs (3 at 224).
     activation: "relu", "tanh" (paper, figure 1), "elu", "prelu", "srelu" or "frelu", see activation().
     lrn, overlapping_pool, dropout: the paper's sections 3.3, 3.4 and 4.2; False (no norm at all), False (2x2 windows
-        instead of 3x3, the same map sizes) and 0 leave them out.
+        instead of 3x3: the same map sizes from odd sides, as at 224 and 64, one pixel more from even ones) and 0 leave
+        them out.
     lrn_alpha: "2012" divides alpha by the number of channels summed, "paper" takes it as it is printed.
     lrn_k: 2 (paper); Caffe's default is 1.
     lrn_across: with two columns, let LRN's window cross from one into the other, as Caffe's does.
@@ -80,7 +81,7 @@ class AlexNet(nn.Module):
         lrn_across: bool = False,
     ):
         super().__init__()
-        # What rebuilds this net: checkpoints keep it beside the weights.
+        # What rebuilds this net: checkpoints keep it with the weights.
         self.config = {
             "num_classes": num_classes, "image_size": image_size, "columns": columns, "order": order,
             "activation": activation, "lrn": lrn, "overlapping_pool": overlapping_pool, "dropout": dropout,

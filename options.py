@@ -1,43 +1,55 @@
-"""train.py's command line: the options, what the data and the device decide of them, and what --resume takes over."""
+"""train.py's command line: the options, what the data and the device decide of them, and what --resume and --init take
+over."""
 
-import json
 import math
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-import utils
-from data import UserError, sources
+import checkpoints
+from checkpoints.run import read_config
+from data import sources
 from data.augment import COLOURS
-from data.cli import Parser, number, whole
 from data.loader import default_workers
 from data.store import Store
 from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES, SMALLEST
+from utils import Parser, UserError, number, whole
 
 DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5}  # epochs, batch: paper, section 5
 SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt")
 CHANGEABLE = {"epochs", "max_steps", "workers", "device", "download", "out", "resume"}  # with --resume
+# AlexNet's options, by their names there. --init brings them with it.
+NET = (
+    "image_size", "columns", "order", "activation", "lrn", "overlapping_pool", "lrn_alpha", "lrn_k", "lrn_across",
+)
 
 
 def parse(argv) -> Namespace:
-    """The arguments; with --resume those of the run, but for the few that may change."""
+    """The arguments; with --resume those of the run, but for the few that may change; with --init its net's."""
     parser = make_parser()
     args = parser.parse_args(argv)
     args.data = str(Path(args.data).resolve()) if args.data else None
     args.out = Path(args.out) if args.out else None
-    if not args.resume:
-        return args
-    last = args.out / "last.pt" if args.out else utils.newest("last.pt")
-    if last is None or not last.exists():
-        raise UserError(f"nothing to resume: no {last or utils.CHECKPOINTS / '*' / 'last.pt'}; start without --resume")
     unset = object()  # argparse leaves alone what the namespace has already, unless the option is given
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
-    stored = {"kernels": "off"} | read_config(last.parent)["arguments"]  # older runs had no kernels.py
-    if "network" in stored:
-        raise UserError(f"{last.parent} is a run of studies.frelu or studies.figures: their own command resumes it")
+    if args.resume:
+        return resumed(args, given)
+    if args.init:
+        take_over_net(args, given)
+    return args
+
+
+def resumed(args: Namespace, given: dict) -> Namespace:
+    """The arguments of the run in --out, or of the newest one, with those given that may change."""
+    last = args.out / "last.pt" if args.out else checkpoints.newest("last.pt")
+    if last is None or not last.exists():
+        raise UserError(
+            f"nothing to resume: no {last or checkpoints.FOLDER / '*' / 'last.pt'}; start without --resume"
+        )
+    stored = read_config(last.parent)["arguments"]
     for name, value in given.items():
         if name not in CHANGEABLE and value not in (stored.get(name), "auto"):
             raise UserError(
@@ -48,100 +60,116 @@ def parse(argv) -> Namespace:
     return Namespace(**{**vars(args), **stored, **changed, "out": last.parent, "resume": True})
 
 
-def read_config(out: Path) -> dict:
-    try:
-        config = json.loads((out / "config.json").read_text())
-        return {"arguments": config["arguments"], "fingerprint": config["fingerprint"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None
+def take_over_net(args: Namespace, given: dict) -> None:
+    """Set the options of the net to those of --init's. One that was given has to be the same."""
+    config = checkpoints.load_checkpoint(args.init)["config"]
+    for name in NET:
+        if name in given and given[name] != config.get(name):
+            theirs = f"its {name} is {config[name]}" if name in config else f"its net has no {name}"
+            raise UserError(f"--init {args.init} brings the options of its net with it: {theirs}, not {given[name]}; "
+                            "leave that option out")
+        setattr(args, name, config.get(name))
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="train.py", description="Train AlexNet. Defaults are the paper's, with the 2012 code's "
-                    "initialisation, bias rate, LRN alpha and colour noise.")
-    data = parser.add_argument_group("data")
-    which = data.add_mutually_exclusive_group()
+                    "initialisation, learning rate of biases, LRN alpha and colour noise.")
+    _add_data(parser.add_argument_group("data"))
+    _add_net(parser.add_argument_group("net"))
+    _add_training(parser.add_argument_group("training (paper, section 5)"))
+    _add_machine(parser.add_argument_group("machine and run"))
+    return parser
+
+
+def _add_data(group) -> None:
+    which = group.add_mutually_exclusive_group()
     which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
     which.add_argument("--data", metavar="STORE", help="a store made by python -m data.pack")
-    data.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
-    data.add_argument("--image-size", type=whole(63), metavar="N",
-                      help="side of the net's input in pixels (default: 64 of 72, 224 of 256)")
-    data.add_argument("--mean", choices=("image", "channel"), default="image",
-                      help="subtract the mean image (2012 code) or the mean of each channel (default: %(default)s)")
-    data.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not flip half of the pictures")
-    data.add_argument("--colour", choices=COLOURS, default=COLOURS[0],
-                      help="colour noise by standard deviations (2012 code) or eigenvalues (paper, section 4.1) "
-                      "(default: %(default)s)")
-    data.add_argument("--crop-runs", type=whole(1), default=1, metavar="N",
-                      help="pictures in a row that are cropped and mirrored alike; the 2012 code has 32 "
-                      "(default: %(default)s)")
-    data.add_argument("--workers", type=whole(0), metavar="N",
-                      help="processes that read what does not fit on the device (default: one a core for a GPU; none "
-                      "on a CPU, where they would take the cores from the net)")
+    group.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
+    group.add_argument("--image-size", type=whole(63), metavar="N",
+                       help="side of the net's input in pixels (default: 64 of 72, 224 of 256)")
+    group.add_argument("--mean", choices=("image", "channel"), default="image",
+                       help="subtract the mean image (2012 code) or the mean of each channel (default: %(default)s)")
+    group.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not flip half of the pictures")
+    group.add_argument("--colour", choices=COLOURS, default=COLOURS[0],
+                       help="colour noise by standard deviations (2012 code) or eigenvalues (paper, section 4.1) "
+                       "(default: %(default)s)")
+    group.add_argument("--crop-runs", type=whole(1), default=1, metavar="N",
+                       help="pictures in a row that are cropped and mirrored alike; the 2012 code has 32 "
+                       "(default: %(default)s)")
+    group.add_argument("--workers", type=whole(0), metavar="N",
+                       help="processes that read what does not fit on the device (default: one a core for a GPU; none "
+                       "on a CPU, where they would take the cores from the net)")
 
-    net = parser.add_argument_group("net")
-    net.add_argument("--columns", type=int, choices=(1, 2), default=1,
-                     help="2: the paper's two GPUs in one module (default: %(default)s)")
-    net.add_argument("--order", choices=ORDERS, default=ORDERS[0],
-                     help="of ReLU, LRN and pooling; 2012: as in the authors' source, with its padding and its second "
-                     "norm (default: %(default)s)")
-    net.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu",
-                     help="tanh: paper, figure 1; frelu is max(x, 0) + b, srelu max(x, b), with a learnable b a layer "
-                     "(default: %(default)s)")
-    net.add_argument("--no-lrn", dest="lrn", action="store_false", help="leave LRN out (paper, section 3.3)")
-    net.add_argument("--lrn-alpha", choices=LRN_ALPHAS, default=LRN_ALPHAS[0],
-                     help="2012: divided by the channels summed, paper: as printed (default: %(default)s)")
-    net.add_argument("--lrn-k", type=number(0), default=LRN_K, metavar="K", help="Caffe has 1 (default: %(default)s)")
-    net.add_argument("--lrn-across", action="store_true", help="LRN's window crosses from column to column (Caffe)")
-    net.add_argument("--no-overlap", dest="overlap", action="store_false", help="pool 2x2, not 3x3 (section 3.4)")
-    net.add_argument("--no-dropout", dest="dropout", action="store_false", help="leave dropout out (section 4.2)")
 
-    how = parser.add_argument_group("training (paper, section 5)")
-    how.add_argument("--recipe", choices=RECIPES, default=RECIPES[0],
-                     help="2012: deviation 0.03 in conv3-5, biases at twice the rate, no decay on them; paper: 0.01, "
-                     "one rate, decay on all (default: %(default)s)")
-    how.add_argument("--init", metavar="CHECKPOINT", help="start from these weights; fc8 fresh if the classes differ")
-    how.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12)")
-    how.add_argument("--batch-size", type=whole(1), metavar="N", help="of all processes (default: 128; sample: 32)")
-    how.add_argument("--lr", type=number(0), default=0.01, metavar="RATE",
-                     help="learning rate of the weights (default: %(default)s)")
-    how.add_argument("--momentum", type=number(0, 1, True), default=0.9, metavar="X", help="default: %(default)s")
-    how.add_argument("--weight-decay", type=number(0, None, True), default=5e-4, metavar="X",
-                     help="default: %(default)s")
-    how.add_argument("--patience", type=whole(1), metavar="N",
-                     help="epochs without a lower validation error until the rate is divided by 10 (default: 5; "
-                     "sample: 2)")
-    how.add_argument("--seed", type=whole(0), default=0, metavar="N",
-                     help="of everything that is drawn (default: %(default)s)")
+def _add_net(group) -> None:
+    group.add_argument("--columns", type=int, choices=(1, 2), default=1,
+                       help="2: the paper's two GPUs in one module (default: %(default)s)")
+    group.add_argument("--order", choices=ORDERS, default=ORDERS[0],
+                       help="of ReLU, LRN and pooling; 2012: as in the authors' source, with its padding and its "
+                       "second norm (default: %(default)s)")
+    group.add_argument("--activation", choices=tuple(ACTIVATIONS), default="relu",
+                       help="tanh: paper, figure 1; frelu is max(x, 0) + b, srelu max(x, b), with a learnable b a "
+                       "layer (default: %(default)s)")
+    group.add_argument("--no-lrn", dest="lrn", action="store_false", help="leave LRN out (paper, section 3.3)")
+    group.add_argument("--lrn-alpha", choices=LRN_ALPHAS, default=LRN_ALPHAS[0],
+                       help="2012: divided by the channels summed, paper: as printed (default: %(default)s)")
+    group.add_argument("--lrn-k", type=number(0), default=LRN_K, metavar="K",
+                       help="Caffe has 1 (default: %(default)s)")
+    group.add_argument("--lrn-across", action="store_true", help="LRN's window crosses from column to column (Caffe)")
+    group.add_argument("--no-overlap", dest="overlapping_pool", action="store_false",
+                       help="pool 2x2, not 3x3 (section 3.4)")
+    group.add_argument("--no-dropout", dest="dropout", action="store_false", help="leave dropout out (section 4.2)")
 
-    machine = parser.add_argument_group("machine and run")
-    machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    machine.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                         help="auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 is without TF32, and weights are fp32 "
-                         "always")
-    machine.add_argument("--kernels", choices=("auto", "on", "off"), default="auto",
-                         help="the fast parts of kernels.py; auto: those that have been tested, all of them on a CPU; "
-                         "on: the Triton LRN on a GPU, too; off: the net as model.py has it (default: %(default)s)")
-    machine.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
-    machine.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
-    machine.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
-    machine.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps from the very start")
-    return parser
+
+def _add_training(group) -> None:
+    group.add_argument("--recipe", choices=RECIPES, default=RECIPES[0],
+                       help="2012: standard deviation 0.03 in conv3-5, biases at twice the learning rate, no decay on "
+                       "them; paper: 0.01, one learning rate, decay on all (default: %(default)s)")
+    group.add_argument("--init", metavar="CHECKPOINT",
+                       help="start from these weights, with the net's options; the last layer starts afresh where the "
+                       "classes are others")
+    group.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12)")
+    group.add_argument("--batch-size", type=whole(1), metavar="N", help="of all processes (default: 128; sample: 32)")
+    group.add_argument("--lr", type=number(0), default=0.01, metavar="RATE",
+                       help="learning rate of the weights (default: %(default)s)")
+    group.add_argument("--momentum", type=number(0, 1, True), default=0.9, metavar="X", help="default: %(default)s")
+    group.add_argument("--weight-decay", type=number(0, including=True), default=5e-4, metavar="X",
+                       help="default: %(default)s")
+    group.add_argument("--patience", type=whole(1), metavar="N",
+                       help="epochs without a lower validation error until the learning rate is divided by 10 "
+                       "(default: 5; sample: 2)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N",
+                       help="of everything that is drawn (default: %(default)s)")
+
+
+def _add_machine(group) -> None:
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 is without TF32, and weights are fp32 "
+                       "always")
+    group.add_argument("--kernels", choices=("auto", "on", "off"), default="auto",
+                       help="the fast parts of kernels.py; auto: those that have been tested, all of them on a CPU; "
+                       "on: the Triton LRN on a GPU, too; off: the net as model.py has it (default: %(default)s)")
+    group.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
+    group.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
+    group.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    group.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps from the very start")
 
 
 def settle(args, store: Store, device: torch.device, world: int) -> None:
     """Fill in what the store and the device decide, and refuse what does not fit them."""
-    if args.resume:
-        config = read_config(args.out)
-        if config["fingerprint"] != store.fingerprint:
-            raise UserError(f"{store.path} has changed since {args.out} was started; restore it or start a new run")
+    if args.resume and read_config(args.out)["fingerprint"] != store.fingerprint:
+        raise UserError(f"{store.path} has changed since {args.out} was started; restore it or start a new run")
     for name, value in (DEFAULTS | (SAMPLE_DEFAULTS if store.name == "sample" else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.image_size is None:
         args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:
-        raise UserError(f"--image-size {args.image_size}: {store.path} has {store.size} x {store.size} pictures")
+        whose = f"--init {args.init} takes" if args.init else "--image-size"
+        raise UserError(f"{whose} {args.image_size}: {store.path} has {store.size} x {store.size} pictures; "
+                        "pack them again with a larger --size")
     if args.workers is None:
         args.workers = default_workers(device)
     if args.precision == "auto":

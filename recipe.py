@@ -8,11 +8,11 @@ from torch import nn
 
 from model import activation_parameters
 
-MAX_DROPS = 3  # the rate was "reduced three times prior to termination"
+MAX_DROPS = 3  # the learning rate was "reduced three times prior to termination"
 
 
 def make_optimizer(net: nn.Module, *, recipe: str, lr: float, momentum: float, weight_decay: float):
-    """Stochastic gradient descent for the recipe "2012" or "paper"; set_rate changes its rate."""
+    """Stochastic gradient descent for the recipe "2012" or "paper"; set_rate changes its learning rate."""
     groups = parameter_groups(net, recipe, weight_decay)
     for group in groups:
         group["lr"] = lr * group["scale"]
@@ -20,9 +20,9 @@ def make_optimizer(net: nn.Module, *, recipe: str, lr: float, momentum: float, w
 
 
 def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[dict]:
-    """Recipe 2012: biases learn at twice the rate and do not decay (2012 code: epsB, wc). Recipe paper: the text
-    names one rate and one decay, so all weights and biases have both. What an activation learns has the weights' rate
-    and never decays. `scale` times the schedule's rate is a group's rate."""
+    """Recipe 2012: biases have twice the learning rate and no weight decay (2012 code: epsB, wc). Recipe paper: the
+    text names one learning rate and one decay, so all weights and biases have both. What an activation learns has the
+    weights' learning rate and never decays. `scale` times the schedule's learning rate is a group's."""
     learnt, rest = split_off_activations(net)
     weights = [p for name, p in rest.items() if name.endswith("weight")]
     others = [p for name, p in rest.items() if not name.endswith("weight")]
@@ -58,7 +58,8 @@ def set_rate(optimizer, lr: float) -> None:
 @dataclass
 class Schedule:
     """The paper's learning rate: divided by 10 when the validation error stops improving, three times; the wait
-    after that ends the run."""
+    after that ends the run. best: the lowest validation top-1 error in percent; waited: epochs since then or
+    since the last drop."""
 
     lr: float
     patience: int
@@ -67,11 +68,11 @@ class Schedule:
     drops: int = 0
     finished: bool = False
 
-    def update(self, error: float) -> None:
-        """Take in an epoch's validation top-1 error."""
+    def update(self, error: float) -> bool:
+        """Take in an epoch's validation top-1 error in percent; whether it is the lowest so far."""
         if error < self.best:
             self.best, self.waited = error, 0
-            return
+            return True
         self.waited += 1
         if self.waited >= self.patience:
             self.waited = 0
@@ -80,3 +81,4 @@ class Schedule:
             else:
                 self.drops += 1
                 self.lr /= 10
+        return False

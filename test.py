@@ -12,161 +12,75 @@ import contextlib
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import checkpoints
 import utils
-from data import UserError, sources
-from data.augment import Augment
-from data.cli import Parser, run_script, shown, whole
+from checkpoints import load_member, load_model
+from checkpoints.run import ROOT
+from data import sources
 from data.loader import Loader, default_workers
 from data.pack import named_store
 from data.pictures import open_picture
 from data.store import Store
 from kernels import accelerate
+from utils import Parser, UserError, run_script, shown, whole, write_text
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
+    check_arguments(args)
+    device = utils.pick_device(args.device)
+    utils.no_tf32()
+    paths = checkpoint_paths(args)
+    if args.images:
+        name_pictures(args, paths, device)
+        return 0
+    members = [load_member(path, device, args.ten_crop) for path in paths]
+    store = open_store(args, members[0][2])
+    split = choose_split(args, store)
+    check_fit(paths, members, store)
+    names = store.names(split)
+    result, rows = measure(members, store, split, args.batch_size)
+    result |= {"protocol": "ten-crop" if args.ten_crop else "center", "checkpoints": [str(path) for path in paths]}
+    if args.per_class:
+        result["per_class"] = per_class(rows, store.classes)
+    print(json.dumps(result) if args.json else report(result))
+    if args.predictions:
+        write_predictions(Path(args.predictions), rows, store.classes, names)
+    return 0
+
+
+def errors(paths: list, store: Store, *, split: str = "test", ten_crop: bool = False, device="cpu") -> dict:
+    """What main() prints as JSON, of one checkpoint or an ensemble; for studies."""
+    members = [load_member(path, device, ten_crop) for path in paths]
+    check_fit(paths, members, store)
+    return measure(members, store, split)[0] | {"protocol": "ten-crop" if ten_crop else "center"}
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+def check_arguments(args) -> None:
     if args.predictions and not Path(args.predictions).resolve().parent.is_dir():
         raise UserError(f"--predictions {args.predictions}: there is no such folder")
     if args.predictions and Path(args.predictions).suffix == ".pt":
         raise UserError(f"--predictions {args.predictions}: that is what a checkpoint is called; name a .csv file")
-    device = utils.pick_device(args.device)
-    utils.settle_arithmetic()
-    paths = checkpoint_paths(args)
-    if args.images:
-        if args.predictions or args.per_class or args.split:
-            raise UserError("--predictions, --per-class and --split go with a data set, not with --images")
-        name_pictures(args, paths, device)
-        return 0
-    checkpoints = [utils.load_checkpoint(path, device) for path in paths]
-    store = open_store(args, checkpoints[0])
-    labelled_test = store.counts.get("test") and "test" not in store.unlabelled
-    split = args.split or ("test" if labelled_test else "val")
-    unlabelled = split in store.unlabelled
-    if unlabelled and (not args.predictions or args.per_class):
-        raise UserError(f"nobody knows the classes of {shown(store.path)}'s {split} split; --predictions FILE.csv "
-                        "writes what its pictures are taken for")
-    members = [member(checkpoint, path, device) for checkpoint, path in zip(checkpoints, paths, strict=True)]
-    check_fit(paths, checkpoints, store)
-
-    loader = Loader(store, split, device, workers=default_workers(device))
-    records = Records(store.classes, store.names(split))
-    wanted = records.add if args.per_class or args.predictions else None
-    sums = utils.evaluate(
-        members, loader, ten_crop=args.ten_crop, batch_size=args.batch_size, each_batch=wanted
-    ).tolist()
-    result = {} if unlabelled else errors(sums, len(loader))
-    result |= {
-        "images": len(loader), "protocol": "ten-crop" if args.ten_crop else "center", "models": len(members),
-        "split": split, "data": store.name, "checkpoints": [str(path) for path in paths],
-    }
-    if args.per_class:
-        result["per_class"] = records.per_class()
-    print(json.dumps(result) if args.json else report(result))
-    if args.predictions:
-        records.write(Path(args.predictions))
-    return 0
-
-
-def errors(sums: list[float], count: int) -> dict:
-    """utils.evaluate's sums over `count` pictures as errors in percent with their 95% intervals, and the mean loss."""
-    return {
-        "top1_error": 100 * sums[1] / count, "top5_error": 100 * sums[2] / count,
-        "top1_interval": utils.wilson_interval(sums[1], count), "top5_interval": utils.wilson_interval(sums[2], count),
-        "loss": sums[0] / count,
-    }
-
-
-class Records:
-    """What each picture was taken for. names: what the pictures are called, where the store knows."""
-
-    def __init__(self, classes: list[str], names: list[str] | None):
-        self.classes, self.names, self.rows = classes, names, []
-
-    def add(self, indices, probabilities, labels) -> None:
-        """One batch: indices in the split, (n, classes) probabilities, labels."""
-        best = probabilities.topk(min(5, len(self.classes)))
-        for index, label, found, chance in zip(
-            indices.tolist(), labels.tolist(), best.indices.tolist(), best.values[:, 0].tolist(), strict=True
-        ):
-            self.rows.append((index, label, found, chance))
-
-    def per_class(self) -> list[dict]:
-        """For each class: name, images, top-1 error in percent, the class it is most often taken for and how often."""
-        lines = []
-        for label, name in enumerate(self.classes):
-            firsts = np.array([found[0] for _, true, found, _ in self.rows if true == label], dtype=int)
-            wrong = firsts[firsts != label]
-            entry = {"class": name, "images": len(firsts), "top1_error": 100 * len(wrong) / max(1, len(firsts))}
-            if len(wrong):
-                counts = np.bincount(wrong)
-                entry |= {"taken_for": self.classes[counts.argmax()], "times": int(counts.max())}
-            lines.append(entry)
-        return lines
-
-    def write(self, path: Path) -> None:
-        """A CSV file, a line for each picture: its index, its name if the store has names, its class (nothing where
-        nobody knows it), the five most likely classes and the probability of the first."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        count = min(5, len(self.classes))
-        name = ["picture"] if self.names else []
-        writer.writerow(["index", *name, "class", *(f"predicted_{n + 1}" for n in range(count)), "probability"])
-        for index, label, found, chance in self.rows:
-            name = [self.names[index]] if self.names else []
-            true = self.classes[label] if label >= 0 else ""
-            writer.writerow([index, *name, true, *(self.classes[f] for f in found), f"{chance:.6f}"])
-        utils.write_text(path, text.getvalue())
-
-
-def report(result: dict) -> str:
-    models = "1 model" if result["models"] == 1 else f"{result['models']} models, softmax outputs averaged"
-    crops = "ten crops, softmax outputs averaged" if result["protocol"] == "ten-crop" else "centre crop"
-    lines = [f"{result['data']}, {result['split']} split, {result['images']:,} images; {crops}; {models}"]
-    for k in (1, 5) if "loss" in result else ():
-        low, high = result[f"top{k}_interval"]
-        lines.append(f"top-{k} error {result[f'top{k}_error']:6.2f}%   (95% interval {low:.2f} to {high:.2f}%)")
-    for entry in result.get("per_class", ()):
-        line = f"  {entry['top1_error']:6.2f}% of {entry['images']:>5}  {entry['class']}"
-        if "times" in entry:
-            line += f" (most often taken for {entry['taken_for']}, {entry['times']}x)"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def name_pictures(args, paths: list[Path], device) -> None:
-    """Print the five most likely classes of each of --images, by the averaged softmax outputs."""
-    loaded = [utils.load_model(path, device) for path in paths]
-    classes = loaded[0][0].classes
-    if any(model.classes != classes for model, _ in loaded):
-        raise UserError("these checkpoints have different classes and are no ensemble")
-    for name in args.images:
-        picture = open_picture(Path(name))
-        with torch.no_grad():
-            outputs = [
-                model(inputs).double().softmax(1)[0]
-                for model, prepare in loaded
-                for inputs in (prepare(picture, ten_crop=True) if args.ten_crop else [prepare(picture)])
-            ]
-        best = torch.stack(outputs).mean(0).topk(min(5, len(classes)))
-        found = [(classes[label], chance) for chance, label in zip(*(b.tolist() for b in best), strict=True)]
-        if args.json:
-            print(json.dumps({"picture": name, "classes": found}))
-        else:
-            print("\n".join([name, *(f"  {100 * chance:6.2f}%  {label}" for label, chance in found)]))
+    if args.images and (args.predictions or args.per_class or args.split):
+        raise UserError("--predictions, --per-class and --split go with a data set, not with --images")
 
 
 def checkpoint_paths(args) -> list[Path]:
     if args.checkpoints:
         return [Path(path) for path in args.checkpoints]
-    path = utils.newest("best.pt")
+    path = checkpoints.newest("best.pt")
     if path is None:
-        raise UserError(f"no {utils.CHECKPOINTS / '*' / 'best.pt'} yet; python train.py makes one")
+        raise UserError(f"no {checkpoints.FOLDER / '*' / 'best.pt'} yet; python train.py makes one")
     if not args.json:
         print(f"testing {shown(path)}")
     return [path]
@@ -179,14 +93,24 @@ def open_store(args, checkpoint: dict) -> Store:
     if args.dataset:
         with contextlib.redirect_stdout(sys.stderr):  # a set that has no store is packed, and says so
             return named_store(args.dataset)
-    path = utils.ROOT / checkpoint.get("store", "")
-    if not checkpoint.get("store") or not path.is_dir():
+    path = ROOT / checkpoint["store"]
+    if not checkpoint["store"] or not path.is_dir():
         raise UserError("the store that the checkpoint was trained on is not here; name one with --data or --dataset")
     return Store(path)
 
 
-def check_fit(paths: list[Path], checkpoints: list[dict], store: Store) -> None:
-    for path, checkpoint in zip(paths, checkpoints, strict=True):
+def choose_split(args, store: Store) -> str:
+    """--split; else test if it has labels, else val."""
+    labelled_test = store.counts.get("test") and "test" not in store.unlabelled
+    split = args.split or ("test" if labelled_test else "val")
+    if split in store.unlabelled and (not args.predictions or args.per_class):
+        raise UserError(f"the pictures of {shown(store.path)}'s {split} split have no labels; --predictions FILE.csv "
+                        "writes what they are taken for")
+    return split
+
+
+def check_fit(paths: list, members: list, store: Store) -> None:
+    for path, (_, _, checkpoint) in zip(paths, members, strict=True):
         count = len(checkpoint["classes"])
         if count != len(store.classes):
             raise UserError(
@@ -207,11 +131,109 @@ def check_fit(paths: list[Path], checkpoints: list[dict], store: Store) -> None:
             )
 
 
-def member(checkpoint: dict, path: Path, device):
-    """(net, Augment) of a checkpoint."""
-    net = utils.build_net(checkpoint, path).to(device, memory_format=torch.channels_last).eval()
-    accelerate(net)
-    return net, Augment(checkpoint["image_size"], checkpoint["mean"], device=device)
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def measure(members: list, store: Store, split: str, batch_size: int = 128) -> tuple[dict, list]:
+    """The errors in percent with their 95% intervals and the mean loss, unless the split is unlabelled; and for each
+    picture (label, the five likeliest classes, the probability of the first)."""
+    device = next(members[0][0].parameters()).device
+    for net, _, _ in members:
+        accelerate(net)
+    loader = Loader(store, split, device, workers=default_workers(device))
+    sums, found = torch.zeros(3, dtype=torch.float64, device=device), []
+    for images, labels in loader.in_order(batch_size):
+        outputs = utils.probabilities([member[:2] for member in members], images)
+        sums += utils.score(outputs, labels)
+        best = outputs.topk(min(5, len(store.classes)))
+        found.append((labels, best.indices, best.values[:, 0]))
+    result, count = {}, len(loader)
+    if split not in store.unlabelled:
+        loss, top1, top5 = sums.tolist()
+        result = {
+            "top1_error": 100 * top1 / count, "top5_error": 100 * top5 / count,
+            "top1_interval": wilson_interval(top1, count), "top5_interval": wilson_interval(top5, count),
+            "loss": loss / count,
+        }
+    rows = list(zip(*(torch.cat(part).tolist() for part in zip(*found, strict=True)), strict=True))
+    return result | {"images": count, "models": len(members), "split": split, "data": store.name}, rows
+
+
+def wilson_interval(wrong: float, total: int) -> tuple[float, float]:
+    """95% interval of an error in percent, by Wilson's score."""
+    z, rate = 1.959964, wrong / total
+    shrink = 1 + z * z / total
+    middle = (rate + z * z / (2 * total)) / shrink
+    half = z * math.sqrt(rate * (1 - rate) / total + (z / total / 2) ** 2) / shrink
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def per_class(rows: list, classes: list[str]) -> list[dict]:
+    """For each class: name, images, top-1 error in percent, the class it is most often taken for and how often."""
+    labels, firsts = (np.array([pick(row) for row in rows]) for pick in (lambda r: r[0], lambda r: r[1][0]))
+    lines = []
+    for label, name in enumerate(classes):
+        mine = firsts[labels == label]
+        wrong = mine[mine != label]
+        entry = {"class": name, "images": len(mine), "top1_error": 100 * len(wrong) / max(1, len(mine))}
+        if len(wrong):
+            counts = np.bincount(wrong)
+            entry |= {"taken_for": classes[counts.argmax()], "times": int(counts.max())}
+        lines.append(entry)
+    return lines
+
+
+def write_predictions(path: Path, rows: list, classes: list[str], names: list[str] | None) -> None:
+    """A CSV file, a line for each picture: its index, its name if the store has names, its class (nothing in an
+    unlabelled split), the five most likely classes and the probability of the first."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    count = min(5, len(classes))
+    writer.writerow(
+        ["index", *["picture"] * bool(names), "class", *(f"predicted_{n + 1}" for n in range(count)), "probability"]
+    )
+    for index, (label, found, chance) in enumerate(rows):
+        name = [names[index]] if names else []
+        true = classes[label] if label >= 0 else ""
+        writer.writerow([index, *name, true, *(classes[f] for f in found), f"{chance:.6f}"])
+    write_text(path, text.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------- what it says
+
+
+def report(result: dict) -> str:
+    models = "1 model" if result["models"] == 1 else f"{result['models']} models, softmax outputs averaged"
+    crops = "ten crops, softmax outputs averaged" if result["protocol"] == "ten-crop" else "centre crop"
+    lines = [f"{result['data']}, {result['split']} split, {result['images']:,} images; {crops}; {models}"]
+    for k in (1, 5) if "loss" in result else ():
+        low, high = result[f"top{k}_interval"]
+        lines.append(f"top-{k} error {result[f'top{k}_error']:6.2f}%   (95% interval {low:.2f} to {high:.2f}%)")
+    for entry in result.get("per_class", ()):
+        line = f"  {entry['top1_error']:6.2f}% of {entry['images']:>5}  {entry['class']}"
+        if "times" in entry:
+            line += f" (most often taken for {entry['taken_for']}, {entry['times']}x)"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def name_pictures(args, paths: list[Path], device) -> None:
+    """Print the five most likely classes of each of --images, by the averaged softmax outputs."""
+    loaded = [load_model(path, device) for path in paths]
+    classes = loaded[0][0].classes
+    if any(model.classes != classes for model, _ in loaded):
+        raise UserError("these checkpoints have different classes and are no ensemble")
+    members = [
+        (model, lambda picture, prepare=prepare: prepare(picture, True) if args.ten_crop else [prepare(picture)])
+        for model, prepare in loaded
+    ]
+    for name in args.images:
+        best = utils.probabilities(members, open_picture(Path(name)))[0].topk(min(5, len(classes)))
+        found = [(classes[label], chance) for chance, label in zip(*(b.tolist() for b in best), strict=True)]
+        if args.json:
+            print(json.dumps({"picture": name, "classes": found}))
+        else:
+            print("\n".join([name, *(f"  {100 * chance:6.2f}%  {label}" for label, chance in found)]))
 
 
 def make_parser() -> Parser:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -22,29 +22,29 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from checkpoints import describe_net, load_checkpoint, new_net, take_weights
+from checkpoints.run import (
+    Training,
+    append_line,
+    environment,
+    load_last,
+    plot_curves,
+    read_log,
+    run_folder,
+    save_best,
+    save_last,
+    store_mean,
+)
 from data import sources
 from data.augment import Augment, epoch_tables
-from data.cli import run_script, shown
 from data.loader import Loader
 from data.pack import named_store
-from data.progress import Progress, duration
 from data.store import Store
 from kernels import accelerate
-from options import parse, settle
+from model import AlexNet, activation_parameters
+from options import NET, parse, settle
 from recipe import Schedule, make_optimizer, set_rate
-from run import (
-    Run,
-    State,
-    check_finite,
-    checkpoint,
-    load_last,
-    run_folder,
-    save_last,
-    total_sums,
-    training_inputs,
-    watch_activations,
-)
-from start import starting_net
+from utils import Diverged, Progress, UserError, duration, run_script, shown
 
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 SAVE_SECONDS = 600  # last.pt is written this often in mid-epoch
@@ -54,34 +54,25 @@ STUCK_STEPS = 500  # from here on a loss that is still ln(classes) is warned of
 def main(argv=None) -> int:
     args = parse(argv)
     device = utils.pick_device(args.device)
-    rank, world = start_processes(device)
-    store, warning = open_store(args, world)
-    settle(args, store, device, world)
-    utils.settle_arithmetic()
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN try its algorithms once
-
-    net = starting_net(args, store).to(device, memory_format=torch.channels_last)
-    kernels = "LRN of model.py, dense layers of torch"
-    if args.kernels != "off":
-        kernels = accelerate(net, gpu_kernels=args.kernels == "on")
-    optimizer = make_optimizer(
-        net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
-    run = Run(args, store, device, rank, world, net, optimizer, State(), Schedule(args.lr, args.patience),
-              kernels)
+    watch = Watch(device, *join_processes(device))
+    store, fallback = open_store(args, watch)
+    settle(args, store, device, watch.world)
+    run = set_up(args, store, watch)
     if args.resume:
-        load_last(run)
+        load_last(run, device)
         if is_over(run):
-            run.say(f"nothing left to do\n{conclusion(run, 0)}")
+            watch.say(f"nothing left to do\n{conclusion(run, 0)}")
             return 0
 
-    with run_folder(run), Signals() as signals:
-        run.say(describe(run))
-        status = fit(run, signals)
-    run.say(conclusion(run, status))
-    if warning:
-        run.warn(warning)
-    if world > 1:
+    if watch.world > 1:
+        dist.barrier()  # every process has looked at the folder before the first one writes
+    with run_folder(run, device, watch.rank, watch.world) as warning, watch:
+        watch.warn(warning)
+        watch.say(describe(run, watch))
+        status = fit(run, watch)
+    watch.say(conclusion(run, status))
+    watch.warn(fallback)
+    if watch.world > 1:
         leave_together(status)
     return status
 
@@ -89,73 +80,73 @@ def main(argv=None) -> int:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def fit(run: Run, signals: "Signals") -> int:
+def fit(run: Training, watch: "Watch") -> int:
     """Train until the schedule, --epochs, --max-steps or a signal ends it. Returns the exit status."""
-    args, store, device = run.args, run.store, run.device
-    train, val = (Loader(store, split, device, args.workers // run.world) for split in ("train", "val"))
-    inputs = training_inputs(args, store, device)
-    model = run.net if run.world == 1 else DistributedDataParallel(run.net)
+    args, device = run.args, watch.device
+    train, val = (Loader(run.store, split, device, args.workers // watch.world) for split in ("train", "val"))
+    inputs = training_inputs(args, run.store, device)
+    model = run.net if watch.world == 1 else DistributedDataParallel(run.net)
     if args.compile:
         model = torch.compile(model)
     while not is_over(run):
-        began = time.monotonic()
-        sums, speed, stop = train_epoch(run, model, train, inputs, signals)
+        sums, stop = train_epoch(run, model, train, inputs, watch)
+        take_totals(run, sums, watch)
         if stop:
-            save_last(run, sums)
+            if watch.rank == 0:
+                save_last(run)
             return 128 + stop
-        finish_epoch(run, measure(run, val, inputs, sums) | speed | {"seconds": time.monotonic() - began})
+        finish_epoch(run, validate(run, val, inputs, watch), watch)
     return 0
 
 
-def is_over(run: Run) -> bool:
-    args, state = run.args, run.state
-    at_limit = args.max_steps is not None and state.step >= args.max_steps
-    return at_limit or run.schedule.finished or state.epoch >= args.epochs
+def is_over(run: Training) -> bool:
+    at_limit = run.args.max_steps is not None and run.state.step >= run.args.max_steps
+    return at_limit or run.schedule.finished or run.state.epoch >= run.args.epochs
 
 
-def train_epoch(run: Run, model, train: Loader, inputs: Augment, signals: "Signals"):
+def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: "Watch"):
     """Train to the end of the epoch, or to --max-steps or a signal. Returns this process's sums (loss, top-1 misses)
-    on the device, the speed for the log, and the signal or 0."""
-    args, state, share = run.args, run.state, run.args.batch_size // run.world
-    margin = train.size - args.image_size
+    on the device, and the signal or 0."""
+    args, state, share = run.args, run.state, run.args.batch_size // watch.world
+    margin = run.store.size - args.image_size
     tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs, args.mirror)
-    first = state.step - state.epoch * run.steps
-    last = run.steps if args.max_steps is None else min(run.steps, args.max_steps - state.epoch * run.steps)
-    mine = [tables.order[s * args.batch_size + run.rank * share :][:share] for s in range(first, last)]
+    first, last = state.step_in_epoch, run.steps_per_epoch
+    if args.max_steps is not None:
+        last = min(last, first + args.max_steps - state.step)
+    mine = [tables.order[s * args.batch_size + watch.rank * share :][:share] for s in range(first, last)]
     # What a resumed epoch has summed up already is shared out among the processes.
-    sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=run.device) / run.world
-    started, waited, stop, pictures = time.monotonic(), 0.0, 0, None
-    saved = started
+    sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=watch.device) / watch.world
+    label, done = f"epoch {state.epoch + 1}/{args.epochs}", first * args.batch_size
+    pictures, stop = None, 0
 
     model.train()
-    label = f"epoch {state.epoch + 1}/{args.epochs}"
-    done = first * args.batch_size
-    bar = Progress(label, run.steps * args.batch_size, start=done, silent=run.rank > 0)
-    with bar as progress, closing(train.batches(mine, tables, args.image_size)) as batches:
-        for position, samples in enumerate(mine, first):
-            began = time.monotonic()
-            crops, labels = next(batches)
-            pictures = inputs.train(crops, tables.colour[samples], out=pictures)
-            waited += time.monotonic() - began
-            utils.seed_all(args.seed, state.step + 1, run.rank)  # for this step's dropout masks
+    watch.start_epoch()
+    progress = Progress(label, run.steps_per_epoch * args.batch_size, start=done, silent=watch.rank > 0)
+    with progress, closing(train.batches(mine, tables, args.image_size)) as batches:
+        for samples in mine:
+            with watch.waiting():
+                crops, labels = next(batches)
+                pictures = inputs.train(crops, tables.colour[samples], out=pictures)
+
+            utils.seed_all(args.seed, state.step + 1, watch.rank)  # for this step's dropout masks
             loss, logits = train_step(model, run.optimizer, pictures, labels, args.precision)
+
             state.step += 1
+            state.step_in_epoch += 1
             sums[0] += loss * share
             sums[1] += (logits.argmax(1) != labels).sum()
 
-            note, due = "", False
-            if state.step % LOOK_EVERY == 0:
-                note = look(run, position + 1, sums)
-                due = time.monotonic() - saved > SAVE_SECONDS
+            note = look(run, sums, watch) if state.step % LOOK_EVERY == 0 else ""
             progress.update(args.batch_size, note)
-            stop, due = agree(run, signals.received, due)
+            stop, save = watch.decide(state.step)
             if stop:
                 break
-            if due:
-                save_last(run, sums)
-                saved = time.monotonic()
-    seconds, images = time.monotonic() - started, (state.step - state.epoch * run.steps - first) * args.batch_size
-    return sums, {"images_per_second": images / seconds, "stall": 100 * waited / seconds}, stop
+            if save:
+                take_totals(run, sums, watch)
+                if watch.rank == 0:
+                    save_last(run)
+    watch.end_epoch((state.step_in_epoch - first) * args.batch_size)
+    return sums, stop
 
 
 def train_step(model, optimizer, pictures, labels, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,46 +160,43 @@ def train_step(model, optimizer, pictures, labels, precision: str) -> tuple[torc
     return loss.detach(), logits.detach()
 
 
-def look(run: Run, position: int, sums) -> str:
-    """Look at the loss after `position` steps of the epoch: stop a run that has diverged, warn once of one that has
-    not learnt anything. Returns the bar's note."""
-    images = run.args.batch_size // run.world * position
+def look(run: Training, sums, watch: "Watch") -> str:
+    """Look at the loss of the epoch so far: stop a run that has diverged, warn once of one that has not learnt
+    anything. Returns the progress bar's note."""
+    state, images = run.state, run.state.step_in_epoch * run.args.batch_size // watch.world
     loss_sum, wrong = sums.tolist()
     check_finite(run, loss_sum)
     mean, chance = loss_sum / images, math.log(len(run.store.classes))
-    if not run.warned and run.state.step >= STUCK_STEPS and abs(mean / chance - 1) < 0.01:
-        run.warned = True
-        run.warn(
-            f"after {run.state.step} steps the mean loss is {mean:.3f}, still that of guessing. If it stays there: "
-            "--recipe 2012 leaves this plateau sooner than --recipe paper; try another --lr; are the labels right?"
+    if state.step >= STUCK_STEPS and abs(mean / chance - 1) < 0.01:
+        watch.warn_once(
+            "stuck", f"after {state.step} steps the mean loss is {mean:.3f}, still that of guessing. If it stays "
+            "there: --recipe 2012 leaves this plateau sooner than --recipe paper; try another --lr; are the labels "
+            "right?"
         )
     return f"loss {mean:.3f}, error {100 * wrong / images:.1f}%"
 
 
-def agree(run: Run, stop: int, due: bool) -> tuple[int, bool]:
-    """Whether to stop or save, the same in all processes. On GPUs they ask each other at the looks only, because
-    asking waits for the device."""
-    if run.world == 1:
-        return stop, due
-    if run.device.type == "cuda" and run.state.step % LOOK_EVERY:
-        return 0, False
-    flags = torch.tensor([stop, due], device=run.device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    stop, due = flags.tolist()
-    return stop, bool(due)
+def check_finite(run: Training, loss_sum: float) -> None:
+    if not math.isfinite(loss_sum):
+        raise Diverged(
+            f"the loss is no longer finite at step {run.state.step}, learning rate {run.schedule.lr:g}; "
+            f"start again with a lower --lr (the last sound state is in {run.args.out / 'last.pt'})"
+        )
 
 
-def measure(run: Run, val: Loader, inputs: Augment, sums) -> dict:
-    """Validate, and put together what the log says of an epoch, but for the times."""
+def take_totals(run: Training, sums, watch: "Watch") -> None:
+    """Put the sums over all processes into the state."""
+    run.state.loss_sum, run.state.wrong = watch.total(sums).tolist()
+    check_finite(run, run.state.loss_sum)
+
+
+def validate(run: Training, val: Loader, inputs: Augment, watch: "Watch") -> dict:
+    """The log's line of an epoch, but for its times."""
     args, state = run.args, run.state
-    total_sums(run, sums)
     run.net.eval()
-    measured = utils.evaluate([(run.net, inputs)], val, batch_size=args.batch_size, shard=(run.rank, run.world))
-    if run.world > 1:
-        dist.all_reduce(measured)
-    val_loss, top1, top5 = (measured / len(val)).tolist()
-    seen = (state.step - state.epoch * run.steps) * args.batch_size
-    learnt = watch_activations(run)
+    sums = utils.evaluate([(run.net, inputs.views)], val.in_order(args.batch_size, watch.rank, watch.world))
+    val_loss, top1, top5 = (watch.total(sums) / len(val)).tolist()
+    seen, learnt = state.step_in_epoch * args.batch_size, watch_activations(run.net, watch)
     return {
         "epoch": state.epoch + 1, "step": state.step, "lr": run.schedule.lr, "train_loss": state.loss_sum / seen,
         "train_top1_error": 100 * state.wrong / seen, "val_loss": val_loss, "val_top1_error": 100 * top1,
@@ -216,47 +204,43 @@ def measure(run: Run, val: Loader, inputs: Augment, sums) -> dict:
     }
 
 
-def finish_epoch(run: Run, entry: dict) -> None:
-    """Log, and where the epoch is whole: move the schedule, write the checkpoints."""
-    args, state, schedule, error = run.args, run.state, run.schedule, entry["val_top1_error"]
-    whole = state.step == (state.epoch + 1) * run.steps
-    better = whole and error < state.best
-    if whole:
-        schedule.update(error)
+def watch_activations(net: torch.nn.Module, watch: "Watch") -> dict[str, float]:
+    """What each FReLU, SReLU and PReLU has learnt so far, for the log. Warns once of each b that has turned positive:
+    FReLU's authors watch for that."""
+    values = {name: parameter.item() for name, parameter in activation_parameters(net).items()}
+    for name, value in values.items():
+        if value > 0 and net.config.get("activation") in ("frelu", "srelu"):
+            watch.warn_once(name, f"b has turned positive in {name} ({value:.3f}). That harms the training, say "
+                            "FReLU's authors: b should settle below 0. A lower learning rate may help")
+    return values
+
+
+def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
+    """Log, and where the epoch is whole: move the schedule. Write the checkpoints."""
+    args, state, schedule = run.args, run.state, run.schedule
+    better = False
+    if state.step_in_epoch == run.steps_per_epoch:
+        better = schedule.update(entry["val_top1_error"])
         set_rate(run.optimizer, schedule.lr)
-        state.epoch, state.loss_sum, state.wrong = state.epoch + 1, 0.0, 0.0
-    if better:
-        state.best = error
-    run.say(summary(run, entry))
-    if run.rank == 0:
-        utils.append_line(args.out / "log.jsonl", entry)
+        state.epoch, state.step_in_epoch, state.loss_sum, state.wrong = state.epoch + 1, 0, 0.0, 0.0
+    entry |= watch.times()
+    watch.say(summary(run, entry))
+    if watch.rank == 0:
+        append_line(args.out / "log.jsonl", entry)
         if better or not (args.out / "best.pt").exists():
-            utils.save_checkpoint(args.out / "best.pt", checkpoint(run))
-    save_last(run)
-    if run.rank == 0:
-        utils.plot_curves(utils.read_log(args.out / "log.jsonl"), args.out / "curves.png")
+            save_best(run)
+        save_last(run)
+        plot_curves(read_log(args.out / "log.jsonl"), args.out / "curves.png")
 
 
-def summary(run: Run, entry: dict) -> str:
-    images_left = (run.args.epochs * run.steps - run.state.step) * run.args.batch_size
-    left = duration(images_left / entry["images_per_second"]) if entry["images_per_second"] else "?"
-    return (
-        f"epoch {entry['epoch']:>2}/{run.args.epochs}  lr {entry['lr']:g}  "
-        f"train loss {entry['train_loss']:.4f} error {entry['train_top1_error']:.2f}%  "
-        f"val loss {entry['val_loss']:.4f} error {entry['val_top1_error']:.2f}% top-5 {entry['val_top5_error']:.2f}%  "
-        f"{entry['images_per_second']:.0f} images/s, stall {entry['stall']:.1f}%  "
-        f"{duration(entry['seconds'])}, at most {left} left"
-    )
+class Watch:
+    """What accompanies the loop: what is said, signals, clocks, and what all processes agree on.
 
+    SIGTERM and Ctrl-C are noted, and the loop stops in good order; a second one ends the process at once.
+    """
 
-# ---------------------------------------------------------------------------------------------- setting up
-
-
-class Signals:
-    """SIGTERM and Ctrl-C are noted, and the loop stops in good order; the second one ends the process at once."""
-
-    def __init__(self):
-        self.received = 0
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1):
+        self.device, self.rank, self.world, self.received, self.warned = device, rank, world, 0, set()
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -271,8 +255,66 @@ class Signals:
             os._exit(128 + number)
         self.received = number
 
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
 
-def start_processes(device: torch.device) -> tuple[int, int]:
+    def warn(self, text: str) -> None:
+        if self.rank == 0 and text:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def warn_once(self, about: str, text: str) -> None:
+        if about not in self.warned:
+            self.warned.add(about)
+            self.warn(text)
+
+    def start_epoch(self) -> None:
+        self.started = self.saved = time.monotonic()
+        self.waited = 0.0
+
+    @contextmanager
+    def waiting(self):
+        """Around the reading of a batch."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def end_epoch(self, images: int) -> None:
+        seconds = time.monotonic() - self.started
+        self.speed = {"images_per_second": images / seconds, "stall": 100 * self.waited / seconds}
+
+    def times(self) -> dict:
+        """images_per_second and stall, the percentage of the time that went into waiting for pictures, of the training;
+        the seconds since the epoch's start."""
+        return self.speed | {"seconds": time.monotonic() - self.started}
+
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over all processes."""
+        sums = sums.clone()
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def decide(self, step: int) -> tuple[int, bool]:
+        """(a signal or 0, whether to save), the same in all processes. On GPUs they ask each other at the looks only,
+        because asking waits for the device."""
+        looking = step % LOOK_EVERY == 0
+        stop, save = self.received, looking and time.monotonic() - self.saved > SAVE_SECONDS
+        if self.world > 1:
+            if self.device.type == "cuda" and not looking:
+                return 0, False
+            flags = torch.tensor([stop, save], device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            stop, save = flags.tolist()
+        if save:
+            self.saved = time.monotonic()
+        return stop, bool(save)
+
+
+# ---------------------------------------------------------------------------------------------- setting up
+
+
+def join_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); joins torchrun's group where there is one."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
@@ -291,44 +333,86 @@ def leave_together(status: int) -> None:
     os._exit(status)
 
 
-def open_store(args, world: int) -> tuple[Store, str]:
+def open_store(args, watch: Watch) -> tuple[Store, str]:
     """The store to train from, and a warning where it is not what a user might expect."""
     if args.data:
         return Store(args.data), ""
     # torchrun's processes would all pack at once: there the store has to exist.
-    download = None if world > 1 else args.download == "yes"
-    warning = ""
-    if not args.dataset:
-        try:
-            store = named_store("cifar10", download)
-            args.dataset = "cifar10"
-            return store, ""
-        except sources.Unavailable as error:
-            args.dataset = "sample"
-            warning = (
-                f"this is the bundled sample (8,000 Fashion-MNIST images), not CIFAR-10: {error}. "
-                "--dataset and --data name other data"
-            )
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    download = None if watch.world > 1 else args.download == "yes"
+    if args.dataset:
+        return named_store(args.dataset, download), ""
+    try:
+        store, args.dataset = named_store("cifar10", download), "cifar10"
+        return store, ""
+    except sources.Unavailable as error:
+        args.dataset = "sample"
+        warning = (
+            f"this is the bundled sample (8,000 Fashion-MNIST images), not CIFAR-10: {error}. "
+            "--dataset and --data name other data"
+        )
+        watch.warn(warning)
     return named_store(args.dataset, download), warning
 
 
-def describe(run: Run) -> str:
+def set_up(args, store: Store, watch: Watch) -> Training:
+    """The net on its device, its fast parts and its optimiser, before the first step."""
+    utils.no_tf32()
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN try its algorithms once
+    net = starting_net(args, store, watch).to(watch.device, memory_format=torch.channels_last)
+    kernels = "LRN of model.py, dense layers of torch"
+    if args.kernels != "off":
+        kernels = accelerate(net, gpu_kernels=args.kernels == "on")
+    optimizer = make_optimizer(
+        net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    return Training(args, store, net, optimizer, Schedule(args.lr, args.patience), kernels)
+
+
+def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:
+    """The net by the options, initialised from --seed; or that of --init with its weights."""
+    try:
+        if not args.init:
+            options = {name: getattr(args, name) for name in NET}
+            net = AlexNet(len(store.classes), dropout=0.5 if args.dropout else 0, **options)
+            utils.seed_all(args.seed)
+            net.init_weights(args.recipe)
+            return net
+        # On --resume the file of --init may be gone; last.pt tells as well which net it was.
+        start = args.out / "last.pt" if args.resume else args.init
+        checkpoint = load_checkpoint(start)
+        utils.seed_all(args.seed)
+        config = checkpoint["config"] | {"num_classes": len(store.classes)}
+        net = new_net(config if args.dropout else config | {"dropout": 0})
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from None
+    if not args.resume:
+        watch.warn(take_weights(net, checkpoint, args.init, store.classes, store.wnids))
+    return net
+
+
+def training_inputs(args, store: Store, device: torch.device) -> Augment:
+    """What makes the net's inputs of stored pictures, by the arguments."""
+    return Augment(
+        args.image_size, store_mean(args, store), colour=args.colour, pca=store.manifest["pca"], device=device
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what it says
+
+
+def describe(run: Training, watch: Watch) -> str:
     args, store = run.args, run.store
-    machine = utils.environment(run.device)
-    columns = "one column" if args.columns == 1 else "two columns"
-    if args.order == "2012":
-        columns += ", in the order of the 2012 code"
-    kind = "torchvision's alexnet (another net than the paper's)" if "net" in run.net.config else f"AlexNet, {columns}"
+    machine = environment(watch.device)
     count = sum(p.numel() for p in run.net.parameters())
+    no_tf32 = ", no TF32" if watch.device.type == "cuda" and args.precision == "fp32" else ""
     lines = {
         "data": f"{store.name}: {store.counts['train']:,} training and {store.counts['val']:,} validation pictures, "
         f"{len(store.classes)} classes, {store.size} x {store.size}{' grey' if store.channels == 1 else ''}",
-        "net": f"{kind}, {args.image_size} x {args.image_size} pixels, {count:,} parameters",
-        "recipe": f"{args.recipe}: batch {args.batch_size}, rate {args.lr:g}, momentum {args.momentum:g}, "
-        f"decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
-        "device": f"{machine['device']}, {run.world} process{'es' * (run.world > 1)}, {machine['threads']} threads, "
-        f"{args.precision}{', no TF32' if run.device.type == 'cuda' and args.precision == 'fp32' else ''}",
+        "net": f"{describe_net(run.net)}, {args.image_size} x {args.image_size} pixels, {count:,} parameters",
+        "recipe": f"{args.recipe}: batch {args.batch_size}, learning rate {args.lr:g}, momentum {args.momentum:g}, "
+        f"weight decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
+        "device": f"{machine['device']}, {watch.world} process{'es' * (watch.world > 1)}, {machine['threads']} "
+        f"threads, {args.precision}{no_tf32}",
         "kernels": run.kernels,
         "run": f"{shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }
@@ -337,20 +421,28 @@ def describe(run: Run) -> str:
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
-def test_command(args) -> str:
-    return f"python test.py {shown(args.out / 'best.pt')} --ten-crop"
+def summary(run: Training, entry: dict) -> str:
+    images_left = (run.args.epochs * run.steps_per_epoch - run.state.step) * run.args.batch_size
+    left = duration(images_left / entry["images_per_second"]) if entry["images_per_second"] else "?"
+    return (
+        f"epoch {entry['epoch']:>2}/{run.args.epochs}  lr {entry['lr']:g}  "
+        f"train loss {entry['train_loss']:.4f} error {entry['train_top1_error']:.2f}%  "
+        f"val loss {entry['val_loss']:.4f} error {entry['val_top1_error']:.2f}% top-5 {entry['val_top5_error']:.2f}%  "
+        f"{entry['images_per_second']:.0f} images/s, stall {entry['stall']:.1f}%  "
+        f"{duration(entry['seconds'])}, at most {left} left"
+    )
 
 
-def conclusion(run: Run, status: int) -> str:
-    args, state, out = run.args, run.state, shown(run.args.out)
+def conclusion(run: Training, status: int) -> str:
+    state, best, out = run.state, run.schedule.best, shown(run.args.out)
     resume = f"python train.py --out {out} --resume"
     if status:
         return f"stopped at step {state.step}; {resume} goes on from there"
-    best = f"lowest validation top-1 error {state.best:.2f}%" if math.isfinite(state.best) else "no whole epoch yet"
-    lines = [f"done: {state.step} steps, {best}", f"in {out}: best.pt, last.pt, log.jsonl, curves.png"]
-    if not run.schedule.finished and state.epoch < args.epochs:
+    reached = f"lowest validation top-1 error {best:.2f}%" if math.isfinite(best) else "no whole epoch yet"
+    lines = [f"done: {state.step} steps, {reached}", f"in {out}: best.pt, last.pt, log.jsonl, curves.png"]
+    if not run.schedule.finished and state.epoch < run.args.epochs:
         lines.append(f"go on:   {resume}")
-    return "\n".join([*lines, f"test it: {test_command(args)}"])
+    return "\n".join([*lines, f"test it: python test.py {out}/best.pt --ten-crop"])
 
 
 if __name__ == "__main__":

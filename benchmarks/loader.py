@@ -30,9 +30,9 @@ import torch
 import utils
 from benchmarks.pack import like_a_photograph
 from benchmarks.timing import interleaved, milliseconds
-from data import UserError, encode, pack, trees
+from checkpoints.run import environment
+from data import encode, pack, trees
 from data.augment import Augment, epoch_tables
-from data.cli import Parser, run_script, whole
 from data.loader import Loader
 from data.pictures import open_picture, to_square
 from data.store import Store
@@ -41,6 +41,7 @@ from kernels import accelerate
 from model import AlexNet
 from recipe import make_optimizer
 from train import train_step
+from utils import Parser, UserError, run_script, whole
 
 STORED, CROP, CLASSES = 256, 224, 1000
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def main(argv=None) -> int:
     count = args.count // args.batch * args.batch  # whole batches
     if not count:
         raise UserError(f"--count {args.count} is less than a batch of {args.batch}")
-    result = {"pictures": count, "batch": args.batch, **utils.environment(CPU)}
+    result = {"pictures": count, "batch": args.batch, **environment(CPU)}
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
         stores = make_files(Path(folder), squares(args.pictures, count))

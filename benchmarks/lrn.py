@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 import utils
 from benchmarks.timing import copy_rate, interleaved, milliseconds, pictures
-from data.cli import Parser, run_script, whole
+from checkpoints.run import environment
 from kernels import FAST_LRN, TorchLRN, trouble_with_lrn
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet, LocalResponseNorm
+from utils import Parser, run_script, whole
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TORCHS = "F.local_response_norm"
@@ -26,7 +27,7 @@ TORCHS = "F.local_response_norm"
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
-    result = {"shape": [args.batch, 96, 55, 55], "dtype": args.dtype, **utils.environment(device), "layouts": {}}
+    result = {"shape": [args.batch, 96, 55, 55], "dtype": args.dtype, **environment(device), "layouts": {}}
     x = activations(args.batch).to(device, getattr(torch, args.dtype))
     for name, layout in LAYOUTS.items():
         inputs = x.to(memory_format=layout, copy=True).requires_grad_()

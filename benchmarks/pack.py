@@ -23,9 +23,10 @@ import torch
 from PIL import Image
 
 import utils
-from data import UserError, encode, pack, trees
-from data.cli import Parser, run_script, whole
+from checkpoints.run import environment
+from data import encode, pack, trees
 from data.pictures import square
+from utils import Parser, UserError, run_script, whole
 
 SIZE = 256
 PIL_LOOP = "plain PIL loop"
@@ -45,7 +46,7 @@ def main(argv=None) -> int:
         files = [root / member for member in members]
         result = {
             "pictures": len(files), "kilobytes": sum(f.stat().st_size for f in files) / len(files) / 1000,
-            **utils.environment(utils.pick_device("cpu")),
+            **environment(utils.pick_device("cpu")),
         }
         result["rates"] = rates(contenders(root, members), place / "out", args.repeats, len(files))
     torch.set_num_threads(threads)

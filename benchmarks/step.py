@@ -23,12 +23,12 @@ from torch import nn
 
 import utils
 from benchmarks.timing import milliseconds, pictures, product_rate, wait
-from data import UserError
-from data.cli import Parser, run_script, whole
+from checkpoints.run import environment
 from kernels import accelerate
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet
 from recipe import make_optimizer
 from train import train_step
+from utils import Parser, UserError, run_script, whole
 
 
 class Contender(NamedTuple):
@@ -71,7 +71,7 @@ def main(argv=None) -> int:
     ]
     if not names:
         raise UserError(f"--only {' '.join(args.only)}: no contender has that in its name")
-    result = {"size": args.size, "batch": args.batch, "precision": args.precision, **utils.environment(device)}
+    result = {"size": args.size, "batch": args.batch, "precision": args.precision, **environment(device)}
     result["contenders"] = race(names, args, device)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     result["flops"] = step_flops(args.size, args.batch, args.classes)
@@ -92,7 +92,7 @@ def race(names: list[str], args, device: torch.device) -> dict:
     found = {name: {"seconds": []} for name in names}
     order = ["warm up", *["step"] * args.repeats, "describe"]
     for word in order:
-        for name in names:  # one after the other: nobody computes while another one does
+        for name in names:  # one after the other: only one computes at a time
             if "skipped" in found[name]:
                 continue
             try:
@@ -117,7 +117,7 @@ def contend(connection, name: str, args, device: torch.device) -> None:
     if contender.huge_pages:
         utils.huge_pages()
     if contender.net in ("plain", "fast", "triton"):
-        utils.settle_arithmetic()
+        utils.no_tf32()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     step = None

@@ -1,12 +1,13 @@
-"""Weights from elsewhere as a checkpoint that utils.load_model, test.py and train.py --init take:
+"""Weights from elsewhere as a checkpoint that load_model, test.py and train.py --init take:
 
     python -m checkpoints.convert bvlc_alexnet.caffemodel checkpoints/caffe.pt [--mean imagenet_mean.binaryproto]
     python -m checkpoints.convert torchvision checkpoints/torchvision.pt          torchvision fetches its weights
     python -m checkpoints.convert alexnet-owt-7be5be79.pth checkpoints/torchvision.pt
 
-Caffe's net is AlexNet(columns=2, image_size=227, lrn_k=1, lrn_across=True). torchvision's is another net, the one of
-Krizhevsky's "One weird trick for parallelizing convolutional neural networks" (2014): it stays what it is. FILE's kind
-is told by its content, not by its name; code in it is never run. --help lists the options.
+Caffe's net is AlexNet(columns=2, image_size=227, lrn_k=1, lrn_across=True) with inverted dropout. torchvision's is
+another net, the one of Krizhevsky's "One weird trick for parallelizing convolutional neural networks" (2014). Both keep
+their weights as they are: checkpoints.new_net makes the nets that fit them. FILE's kind is told by its content, not by
+its name; code in it is never run. --help lists the options.
 """
 
 import math
@@ -17,19 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import utils
-from data import UserError
-from data.cli import Parser, run_script, shown
+from checkpoints import KEYS, MEAN, caffe_net, torchvision_net
 from data.pictures import SHORTER_SIDE, WARPED
-from model import AlexNet
+from data.trees import ilsvrc_wnids
+from utils import Parser, UserError, one_line, run_script, save_checkpoint, shown
 
 CAFFE_OPTIONS = {"columns": 2, "image_size": 227, "lrn_across": True}
 CAFFE_ORDER = (
     "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8",
 )
 CAFFE_MEAN = (123.0, 117.0, 104.0)  # red, green, blue: what bvlc_alexnet's users subtract where they have no file
-# torchvision's weights were trained on (pixel / 255 - MEAN) / DEVIATION (ImageClassification in its transforms).
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def main(argv=None) -> int:
@@ -45,7 +43,7 @@ def main(argv=None) -> int:
         converted = from_caffe(args.file, args.mean)
     check_finite(converted, args.file)
     out.parent.mkdir(parents=True, exist_ok=True)
-    utils.save_checkpoint(out, converted)
+    save_checkpoint(out, converted)
     print(report(converted, out))
     return 0
 
@@ -68,8 +66,9 @@ def checkpoint(model: dict, config: dict, mean, resize: str) -> dict:
     """A checkpoint as train.py writes it, of weights that train.py did not train."""
     count = config["num_classes"]
     return {
-        "model": model, "config": config, "classes": class_names(count), "mean": mean, "store_size": 256,
-        "resize": resize, "image_size": config["image_size"], "epoch": 0, "step": 0, "best": math.inf,
+        "model": model, "config": config, "classes": class_names(count),
+        "wnids": list(ilsvrc_wnids()) if count == 1000 else None, "mean": mean, "store_size": 256, "resize": resize,
+        "image_size": config["image_size"], "epoch": 0, "step": 0, "best": math.inf,
         "dataset": "imagenet" if count == 1000 else "", "store": "",
     }
 
@@ -96,7 +95,7 @@ def check_shape(file: str, name: str, shape: tuple, wanted: tuple) -> None:
 
 def report(converted: dict, out: Path) -> str:
     config = converted["config"]
-    if "net" in config:
+    if config["net"] == "torchvision":
         kind = "torchvision's alexnet, not the paper's net: other widths, no LRN, inverted dropout; kept as it is"
     else:
         kind = f"Caffe's AlexNet: two columns, LRN across them with k = {config['lrn_k']:g}, 227 x 227 pixels"
@@ -126,7 +125,7 @@ def read_state(path: Path) -> dict:
         raise UserError(f"{path} is damaged, or holds code, which is not run") from None
     except Exception as error:  # torch's reader raises nearly anything on damaged files
         raise UserError(f"{path} is damaged, or no file of torch's ({type(error).__name__})") from None
-    if isinstance(content, dict) and set(utils.CHECKPOINT_KEYS) <= set(content):
+    if isinstance(content, dict) and set(KEYS) <= set(content):
         raise UserError(f"{path} is a checkpoint of this project already")
     for name in ("model", "state_dict"):  # as torchvision's script and others save it
         if isinstance(content, dict) and isinstance(content.get(name), dict):
@@ -145,21 +144,20 @@ def is_plain(tensor) -> bool:
 
 
 def from_torchvision(state: dict, file: str) -> dict:
-    """torchvision's weights, with 1 / (255 DEVIATION) folded into conv1: the net then takes pixels of 0..255 minus
-    255 MEAN, as this project's do."""
+    """torchvision's weights as they are. Its net takes pixels of 0..255 minus 255 MEAN here, as this project's do, and
+    divides them itself (checkpoints.torchvision_net)."""
     last = state.get("classifier.6.weight")
     count = len(last) if last is not None and last.ndim else 0
-    config = {"net": "torchvision", "num_classes": max(1, count), "image_size": 224}
     with torch.device("meta"):  # names and shapes only
-        wanted = utils.torchvision_net(config).state_dict()
+        net = torchvision_net(max(1, count), 224)
+    wanted = net.state_dict()
     if set(state) != set(wanted):
-        odd = sorted(map(str, set(wanted) - set(state)))[:3] or sorted(map(str, set(state) - set(wanted)))[:3]
-        raise UserError(f"{file} is not torchvision's alexnet: {', '.join(odd)} missing or unknown")
+        others = sorted(map(str, set(wanted) - set(state)))[:3] or sorted(map(str, set(state) - set(wanted)))[:3]
+        raise UserError(f"{file} is not torchvision's alexnet: {', '.join(others)} missing or unknown")
     for name, tensor in wanted.items():
         check_shape(file, name, state[name].shape, tensor.shape)
     state = {name: tensor.float().clone() for name, tensor in state.items()}
-    state["features.0.weight"] /= 255 * torch.tensor(DEVIATION)[:, None, None]
-    return checkpoint(state, config, (255 * torch.tensor(MEAN)).view(1, 1, 3), SHORTER_SIDE)
+    return checkpoint(state, net.config, (255 * torch.tensor(MEAN)).view(1, 1, 3), SHORTER_SIDE)
 
 
 # ---------------------------------------------------------------------------------------------- Caffe
@@ -167,7 +165,7 @@ def from_torchvision(state: dict, file: str) -> dict:
 
 def from_caffe(file: str, mean_file: str | None) -> dict:
     """bvlc_alexnet's weights. Caffe's pixels are blue, green, red: conv1's inputs change places. Its dropout is the
-    inverted kind, this project's halves what fc6 and fc7 give in testing: fc7 and fc8 get weights twice as large."""
+    inverted kind, and stays so (checkpoints.caffe_net)."""
     layers = read_layers(file)
     names = [layer.name for layer in layers]
     missing = [name for name in CAFFE_ORDER if name not in names]
@@ -180,7 +178,7 @@ def from_caffe(file: str, mean_file: str | None) -> dict:
     all_blobs = {layer.name: layer.blobs for layer in layers}
     count = read_blob(all_blobs["fc8"][1], file, "fc8.bias").size if len(all_blobs["fc8"]) == 2 else 1
     with torch.device("meta"):  # names and shapes only
-        wanted = AlexNet(count, **CAFFE_OPTIONS, lrn_k=norm_k(layers, file))
+        wanted = caffe_net({"num_classes": count, **CAFFE_OPTIONS, "lrn_k": norm_k(layers, file)})
     model = {}
     for name, layer in wanted.named_children():
         if not hasattr(layer, "weight"):
@@ -195,8 +193,6 @@ def from_caffe(file: str, mean_file: str | None) -> dict:
             with np.errstate(over="ignore"):  # too large for float32: infinite, which is refused below
                 model[f"{name}.{part}"] = torch.from_numpy(array.astype(np.float32).reshape(shape))
     model["conv1.weight"] = model["conv1.weight"].flip(1).contiguous()
-    for name in ("fc7.weight", "fc8.weight"):
-        model[name] = 2 * model[name]
     mean = torch.tensor(CAFFE_MEAN).view(1, 1, 3) if mean_file is None else read_mean(mean_file)
     return checkpoint(model, wanted.config, mean, WARPED)
 
@@ -232,7 +228,7 @@ def read_mean(file: str) -> torch.Tensor:
         try:
             array = np.load(file, allow_pickle=False)
         except Exception as error:  # numpy's reader raises nearly anything on damaged files
-            raise UserError(f"--mean {file} cannot be read: {utils.one_line(error)}") from None
+            raise UserError(f"--mean {file} cannot be read: {one_line(error)}") from None
         array = array if isinstance(array, np.ndarray) else np.array(0)  # a .npz in disguise
     else:
         array = read_blob(caffe_message("BlobProto", file), file, "the mean")

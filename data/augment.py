@@ -19,7 +19,8 @@ NOISE = 0.1  # standard deviation of the colour noise's factors (paper, section 
 @dataclass
 class EpochTables:
     """One epoch's choices. order: (N,) sample indices in the order of training. The others are indexed by sample:
-    offsets (N, 2) top and left of the crop, mirror (N,) bool, colour (N, 3) normal with mean 0 and deviation 1."""
+    offsets (N, 2) top and left of the crop, mirror (N,) bool, colour (N, 3) from the standard normal
+    distribution."""
 
     order: np.ndarray
     offsets: np.ndarray
@@ -55,7 +56,7 @@ class Augment:
     """Turns uint8 crops or whole pictures into float32 inputs (n, 3, S, S), channels_last, 0..255 minus the mean.
 
     image_size: S. mean: (H, W, C) or (1, 1, C) float; of a mean image the centre S x S is subtracted from every crop,
-    wherever the crop lies (2012 code). C is 1 for grey sets, which are repeated to three channels here.
+    wherever the crop is (2012 code). C is 1 for grey sets, which are repeated to three channels here.
     colour: "2012", "paper" or "off"; pca as in a store's manifest.
     """
 
@@ -76,7 +77,7 @@ class Augment:
 
     def train(self, crops: Tensor, factors: np.ndarray, out: Tensor | None = None) -> Tensor:
         """Training inputs of crops (n, S, S, C); factors are their rows of the epoch's colour table, (n, 3). out:
-        inputs of as many crops that nobody needs any more, to be overwritten: fresh memory would take longer than all
+        inputs of as many crops that are no longer needed, to be overwritten: new memory would take longer than all
         the rest."""
         inputs = self._float(crops, out if out is None else out.permute(0, 2, 3, 1))
         if self.colour != "off":
@@ -97,6 +98,10 @@ class Augment:
         for mirrored in (False, True):
             for top, left in ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)):
                 yield self._view(images, top, left, mirrored)
+
+    def views(self, images: Tensor, ten_crop: bool = False):
+        """What a net looks at in testing: the ten inputs a picture, or the centre crops alone."""
+        return self.ten_crop(images) if ten_crop else [self.center(images)]
 
     def _view(self, images: Tensor, top: int, left: int, mirrored: bool) -> Tensor:
         crop = images[:, top : top + self.size, left : left + self.size]

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data import UserError
 from data.pictures import Files, pixels, square
 from data.store import encode_record
+from utils import UserError
 
 JPEG_QUALITY = 90
 CHUNK = 64  # pictures that a worker encodes at a time; their sums fit into 16 bits
@@ -59,7 +59,7 @@ class Moments:
 
 @dataclass
 class Encoded:
-    """Records of a chunk; the pictures that were left out, and why; the names of mended ones by what was odd."""
+    """Records of a chunk; the pictures that were skipped, and why; the names of repaired ones by what was unusual."""
 
     records: list[bytes] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
@@ -74,16 +74,16 @@ def encode_chunk(job) -> Encoded:
     for index, label in enumerate(labels.tolist()):
         name = pictures.name(index) if isinstance(pictures, Files) else f"picture {first + index}"
         try:
-            array, odd = pixels(pictures[index], shape[2])
+            array, unusual = pixels(pictures[index], shape[2])
             small = square(array, shape[0])
             done.records.append(encode_record(payload(small, codec), label, shape, codec))
         except (OSError, MemoryError):  # the machine's fault, not the picture's: stop, to be resumed
             raise
-        except Exception as error:  # pictures that are odd enough raise nearly anything
+        except Exception as error:  # damaged pictures raise nearly anything
             reason = str(error) if isinstance(error, UserError) else f"{name} cannot be packed ({error!r})"
             done.skipped.append({"row": first + index, "picture": name, "reason": reason})
             continue
-        for word in odd:
+        for word in unusual:
             done.repaired.setdefault(word, []).append(name)
         if with_sums:
             done.moments.include(small)

@@ -11,9 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import UserError
 from data.pictures import ENDINGS
-from data.progress import Progress
 from data.trees import (
     UNLABELLED,
     Source,
@@ -24,6 +22,7 @@ from data.trees import (
     pictures_below,
     subfolders,
 )
+from utils import Progress, UserError
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TEST_TAR, KIT = "ILSVRC2012_img_test*.tar", "ILSVRC2012_devkit_t12*"
@@ -52,8 +51,8 @@ def kaggle(root: Path) -> Source:
     data = root / KAGGLE
     wnids = subfolders(data / "train")
     if sorted(words) != wnids:
-        odd = sorted(set(words) ^ set(wnids))
-        raise UserError(f"{data / 'train'} and {root / MAPPING} have different classes: {', '.join(odd[:5])}")
+        others = sorted(set(words) ^ set(wnids))
+        raise UserError(f"{data / 'train'} and {root / MAPPING} have different classes: {', '.join(others[:5])}")
     splits = {
         "train": labelled_folders(data / "train", wnids),
         "val": _kaggle_val(root, data / "val", {wnid: label for label, wnid in enumerate(wnids)}),
@@ -116,8 +115,8 @@ def official(root: Path) -> Source:
     _refuse_repeats(root / TRAIN_TAR, members)
     wnids = sorted(set(keys))
     if wnids != sorted(wnid_of.values()):
-        odd = sorted(set(wnids) ^ set(wnid_of.values()))
-        raise UserError(f"{root / TRAIN_TAR} and the development kit have different classes: {', '.join(odd[:5])}")
+        others = sorted(set(wnids) ^ set(wnid_of.values()))
+        raise UserError(f"{root / TRAIN_TAR} and the development kit have different classes: {', '.join(others[:5])}")
     numbers = {wnid: label for label, wnid in enumerate(wnids)}
     splits = {
         "train": file_split(root / TRAIN_TAR, members, [numbers[key] for key in keys], offsets, sizes),
@@ -183,13 +182,13 @@ def _train_pictures(path: Path) -> Iterator[tuple[str, str, int, int]]:
         for name, offset, size in _members(path, file, 0, path.stat().st_size):
             wnid = Path(name).stem
             if Path(name).suffix != ".tar":
-                print(f"{path}: {name} is no class's tar and is left out", flush=True)
+                print(f"{path}: {name} is no class's tar and is skipped", flush=True)
                 continue
             for picture, inside, length in _members(f"{path}: {name}", file, offset, size):
                 if Path(picture).suffix.lower() in ENDINGS:
                     yield wnid, picture.removeprefix("./"), inside, length
                 else:
-                    print(f"{path}: {name}: {picture} is not named like a picture and is left out", flush=True)
+                    print(f"{path}: {name}: {picture} is not named like a picture and is skipped", flush=True)
             progress.update((offset + size >> 20) - progress.done)
 
 
@@ -264,7 +263,7 @@ def _members(what, file, start: int, size: int) -> Iterator[tuple[str, int, int]
                     raise damaged
                 last = member.offset
                 if member.islnk() or member.issym() or member.issparse():
-                    print(f"{what}: {member.name} is a link or sparse and is left out", flush=True)
+                    print(f"{what}: {member.name} is a link or sparse and is skipped", flush=True)
                 elif member.isreg():
                     yield member.name, start + member.offset_data, member.size
             tar.fileobj.seek(tar.offset)

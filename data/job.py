@@ -11,16 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError
-from data.cli import shown
 from data.pictures import Files, pixels
-from data.store import FORMAT, sync_folder
+from data.store import FORMAT
 from data.trees import Source
+from utils import UserError, shown
 
 
 @dataclass
 class Job:
-    """One packing: what is made of a source, and where. `building` lies beside the store that is to be, and holds its
+    """One packing: what is made of a source, and where. `building` is next to the store that is to be, and holds its
     folder `store`, a .json for each finished shard and, of training shards, an .npz with the sums of their pixels."""
 
     source: Source
@@ -106,16 +105,16 @@ def agree(job: Job) -> None:
             there = dict(json.loads(file.read_text())["job"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: the shard is not called finished
-        odd = [name for name in job.settings | there if there.get(name) != job.settings.get(name)]
-        if odd:
+        different = [name for name in job.settings | there if there.get(name) != job.settings.get(name)]
+        if different:
             raise UserError(
-                f"{job.building} has finished shards of another packing (not the same: {', '.join(odd)}); remove it, "
-                "or give the same options and the same pictures"
+                f"{job.building} has finished shards of another packing (not the same: {', '.join(different)}); "
+                "remove it, or give the same options and the same pictures"
             )
 
 
-def forget_mended(job: Job, numbers: range) -> None:
-    """Finished shards are packed again where they left out a picture that can be read by now: somebody mended it."""
+def forget_repaired(job: Job, numbers: range) -> None:
+    """Finished shards are packed again where they skipped a picture that can be read by now."""
     for split, part in job.source.splits.items():
         for number in numbers:
             for skipped in (job.finished(split, number) or {"skipped": ()})["skipped"]:
@@ -125,17 +124,6 @@ def forget_mended(job: Job, numbers: range) -> None:
                     name = shard_name(split, number)
                     print(f"{skipped['picture']} can be read now: {name} is packed again", flush=True)
                     break
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file, in UTF-8 whatever the locale, whole or not at all."""
-    beside = path.with_name(f"{path.name}.writing")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_folder(path.parent)
 
 
 def tidy(job: Job, numbers: range) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data import UserError
 from data.augment import EpochTables, random_crops, upload
 from data.store import Crops, Records, Store
+from utils import UserError
 
 RESIDENT_BYTES = 1_000_000_000  # a split of at most this size is kept on the device, whole
 
@@ -26,26 +26,27 @@ class Loader:
     """One split of a store. A small split is *resident*: read once, its pixels one tensor on the device. A larger
     one *streams*: worker processes read whole batches (0 workers: this process does).
 
-    resident: None decides by the split's size. padding: so many pixels of the store's mean colour are put around each
-    picture; the split is resident then. size: the side of the pictures, in pixels.
+    resident: None decides by the split's size.
     """
 
-    def __init__(
-        self, store: Store, split: str, device="cpu", workers: int = 0, resident: bool | None = None, padding: int = 0
-    ):
+    def __init__(self, store: Store, split: str, device="cpu", workers: int = 0, resident: bool | None = None):
         self.records, self.device, self.workers = store.split(split), torch.device(device), workers
         if resident is None:
             resident = len(self.records) * int(np.prod(self.records.shape)) <= RESIDENT_BYTES
-        self.resident, self.size = resident or padding > 0, store.size + 2 * padding
+        self.resident = resident
         if self.resident:
             images, labels = self.records.read(np.arange(len(self.records)), check=True)
-            if padding:
-                images = _padded(images, padding, store.mean.mean((0, 1)))
             self.images = torch.from_numpy(images).to(self.device)
             self.labels = torch.from_numpy(labels).to(self.device)
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of whole pictures from the first to the last; of `world` processes each takes every world-th picture
+        from its rank on, so that together they see each one once."""
+        mine = np.arange(rank, len(self), world)
+        return self.batches([mine[i : i + batch_size] for i in range(0, len(mine), batch_size)])
 
     def batches(
         self, indices: Iterable[np.ndarray], tables: EpochTables | None = None, size: int = 0
@@ -74,7 +75,7 @@ class Loader:
             for images, labels in iterator:
                 yield images.to(self.device, non_blocking=cuda), labels.to(self.device, non_blocking=cuda)
         except UserError as error:  # a worker's arrives with its traceback around it; the last line is the message
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")) from None
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")) from None
         finally:
             if self.workers:  # now and in good order: at the exit of the process torch complains of what is left
                 iterator._shutdown_workers()
@@ -93,15 +94,6 @@ class _Batches(Dataset):
 
 def _crops(tables: EpochTables | None, samples: np.ndarray, size: int) -> Crops | None:
     return Crops(tables.offsets[samples], tables.mirror[samples], size) if tables else None
-
-
-def _padded(images: np.ndarray, padding: int, colour: np.ndarray) -> np.ndarray:
-    """Pictures (N, H, W, C) with a frame in one colour, rounded, around them."""
-    count, height, width, channels = images.shape
-    framed = np.empty((count, height + 2 * padding, width + 2 * padding, channels), np.uint8)
-    framed[:] = colour.round()
-    framed[:, padding:-padding, padding:-padding] = images
-    return framed
 
 
 def _as_is(batch):

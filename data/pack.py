@@ -17,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError, sources
-from data.cli import Parser, run_script, shown, whole
+from data import sources
 from data.encode import CHUNK, Moments, encode_chunk
-from data.job import Job, agree, forget_mended, refuse_place, replace_text, shard_name, tidy
+from data.job import Job, agree, forget_repaired, refuse_place, shard_name, tidy
 from data.pictures import SHORTER_SIDE, Files
 from data.pool import in_order, start_pool
-from data.progress import Progress
-from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, file_entry, names_file, sync_folder
+from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, file_entry, names_file
 from data.trees import UNLABELLED
+from utils import Parser, Progress, UserError, run_script, shown, sync_folder, whole, write_text
 
 STORES = Path(__file__).parent / "stores"
 MAX_SKIPPED = 0.01  # of a split's pictures; more stops the packing
@@ -57,7 +56,7 @@ def make_parser() -> Parser:
                         help=f"{', '.join(sources.NAMED)}, a folder (ImageFolder tree, ImageNet's official tar files, "
                         "Kaggle's ImageNet, Caffe's lists) or an .h5 file; data/README.md describes them")
     parser.add_argument("--out", help="folder of the store (default: data/stores/NAME)")
-    parser.add_argument("--size", type=whole(63, 4096), metavar="N",
+    parser.add_argument("--size", type=whole(16, 4096), metavar="N",
                         help="side of the stored pictures in pixels (default: 256, small sets 72)")
     parser.add_argument("--codec", choices=CODECS, help="default: raw for small sets, jpeg (quality 90) otherwise")
     parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)),
@@ -84,7 +83,7 @@ def pack(
     source, out: Path, *, size=None, codec=None, workers: int = 1, shards: int | None = None,
     only: tuple[int, int] | None = None,
 ) -> Store | None:
-    """Pack a sources.Source into a new store at `out`, built in a folder beside it, verified, then renamed: a packer
+    """Pack a sources.Source into a new store at `out`, built in a folder next to it, verified, then renamed: a packer
     that is killed leaves no half store, and the next one keeps its finished shards. only: the shards A up to B alone;
     None where others are missing still. Raises UserError where `out` exists or more than 1% cannot be read."""
     out = Path(out)
@@ -105,7 +104,7 @@ def pack(
         agree(job)
         try:
             print(f"packing {source.name} into {shown(out)} ({job.size} x {job.size} pixels, {job.codec})", flush=True)
-            forget_mended(job, range(first, last))
+            forget_repaired(job, range(first, last))
             with start_pool(workers) as pool:
                 resumed = not _write(job, pool, range(first, last))
                 if not _complete(job, pool, lock, resumed):
@@ -116,7 +115,8 @@ def pack(
     store = Store(out)
     print(f"packed  {_summary(store)}", flush=True)
     for split, kinds in store.manifest["repaired"].items():
-        print(f"mended  {split}: " + ", ".join(f"{kind['count']:,} {word}" for word, kind in kinds.items()), flush=True)
+        counts = ", ".join(f"{kind['count']:,} {word}" for word, kind in kinds.items())
+        print(f"repaired in {split}: {counts}", flush=True)
     return store
 
 
@@ -156,7 +156,7 @@ def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, p
     sums: size and checksum of the file of sums}."""
     part, rows, name = job.source.splits[split], job.rows(split, number), shard_name(split, number)
     shutil.rmtree(job.store / name, ignore_errors=True)  # what a killed packer left
-    place = f" of {part.pictures.place}" if isinstance(part.pictures, Files) else ""
+    place = f" in {part.pictures.place}" if isinstance(part.pictures, Files) else ""
     writer = ShardWriter(job.store / name)
     skipped, repaired, moments = [], {}, Moments(job.shape) if split == "train" else None
     starts = range(rows.start, rows.stop, CHUNK)
@@ -167,7 +167,7 @@ def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, p
             for record in done.records:
                 writer.put(rows.start + writer.count, record)
             for entry in done.skipped:
-                print(f"left out{place}: {entry['reason']}", file=sys.stderr, flush=True)
+                print(f"skipped{place}: {entry['reason']}", file=sys.stderr, flush=True)
             skipped += done.skipped
             if skipped:
                 _stop_if_too_many(job, split, skipped_before + len(skipped), skipped[0])
@@ -204,7 +204,7 @@ def _stop_if_too_many(job: Job, split: str, skipped: int, one: dict) -> None:
 def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
     """Call a shard finished: its .json is written last."""
     entry |= {"job": job.settings, "file": file.result()}
-    replace_text(job.building / f"{shard_name(split, number)}.json", json.dumps(entry))
+    write_text(job.building / f"{shard_name(split, number)}.json", json.dumps(entry))
 
 
 # ---------------------------------------------------------------------------------------------- the store
@@ -213,7 +213,7 @@ def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
 def _complete(job: Job, pool, lock, resumed: bool) -> bool:
     """Make the store of finished shards and move it to its place; false where shards are missing. resumed: some were
     finished by others, and are compared with their checksums, too."""
-    # Everybody lets go of his shards before he reaches for all of them: of several, the last one gets them.
+    # Each process unlocks its shards before it tries to lock all of them: the last one to finish gets them.
     fcntl.lockf(lock, fcntl.LOCK_UN)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -276,7 +276,7 @@ def _describe(job: Job, entries: dict[str, list[dict]]) -> None:
         if split != "train" and isinstance(part.pictures, Files):
             without = {skipped["row"] for entry in entries[split] for skipped in entry["skipped"]}
             names = [part.pictures.name(row) for row in range(len(part.labels)) if row not in without]
-            replace_text(job.store / names_file(split), "".join(f"{name}\n" for name in names))
+            write_text(job.store / names_file(split), "".join(f"{name}\n" for name in names))
             files[names_file(split)] = file_entry(job.store / names_file(split))
         for number, entry in enumerate(entries[split]):
             files[f"{shard_name(split, number)}/data.mdb"] = entry["file"]
@@ -298,7 +298,7 @@ def _describe(job: Job, entries: dict[str, list[dict]]) -> None:
         "repaired": {split: _repairs(part) for split, part in entries.items() if _repairs(part)},
         "channel_mean": moments.mean().mean((0, 1)).tolist(), "pca": moments.pca(), "files": files,
     }
-    replace_text(job.store / MANIFEST, json.dumps(manifest, indent=1))
+    write_text(job.store / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _repairs(entries: list[dict]) -> dict:
@@ -315,24 +315,19 @@ def _repairs(entries: list[dict]) -> dict:
 def _summary(store: Store) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in store.counts.items())
     size = sum(entry["bytes"] for entry in store.manifest["files"].values())
-    left_out = f", {len(store.manifest['skipped'])} left out" if store.manifest["skipped"] else ""
-    return f"{shown(store.path)}: {counts} pictures{left_out}, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
+    skipped = f", {len(store.manifest['skipped'])} skipped" if store.manifest["skipped"] else ""
+    return f"{shown(store.path)}: {counts} pictures{skipped}, {len(store.classes)} classes, {size / 1e6:,.0f} MB"
 
 
-def named_store(name: str, download: bool | None = True, size: int | None = None) -> Store:
+def named_store(name: str, download: bool | None = True) -> Store:
     """The store of a named set, packed first where there is none. download: may the set be fetched; None: do not
-    even pack it. size: of its pictures, where it is not the set's usual one; the store is NAME-SIZE then. Raises
-    UserError, and sources.Unavailable where the set cannot be had."""
-    path = STORES / (f"{name}-{size}" if size else name)
+    even pack it. Raises UserError, and sources.Unavailable where the set cannot be had."""
+    path = STORES / name
     if path.exists():
-        store = Store(path)
-        if size not in (None, store.size):
-            raise UserError(f"{shown(path)} has pictures of {store.size} pixels, not of {size}; remove it")
-        return store
+        return Store(path)
     if download is None:
-        how = f"{name} --size {size} --out {shown(path)}" if size else name
-        raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {how}")
-    return pack(sources.find(name, download), path, size=size, workers=len(os.sched_getaffinity(0)))
+        raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {name}")
+    return pack(sources.find(name, download), path, workers=len(os.sched_getaffinity(0)))
 
 
 def verify(store: Store, pool) -> None:

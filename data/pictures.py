@@ -1,4 +1,4 @@
-"""Pictures as people have them, odd ones included, become uint8 squares.
+"""Pictures as people have them, with all their peculiarities, become uint8 squares.
 
 `to_square`, that is `pixels` and then `square`, is the one way into a store and into a net. JPEG files are decoded by
 simplejpeg, to the same pixels as Pillow's and faster (results/README.md has the comparison); other formats, and JPEGs
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from data import UserError
+from utils import UserError
 
 # What a file's ending promises; Pillow looks at the content and opens these formats only.
 ENDINGS = {
@@ -37,7 +37,7 @@ NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPER
 @dataclass(frozen=True)
 class File:
     """A picture that is still a file, or a member of an uncompressed tar: `size` bytes from `offset` of `path`.
-    name: what it is called in a store, whatever archive or folder it lies in."""
+    name: what it is called in a store, whatever archive or folder it is in."""
 
     name: str
     path: str
@@ -123,7 +123,7 @@ def square(array: np.ndarray, size: int, resize: str = SHORTER_SIDE) -> np.ndarr
 
 
 def pixels(picture: Path | File | np.ndarray | Image.Image, channels: int = 3) -> tuple[np.ndarray, list[str]]:
-    """(H, W, channels) uint8 pixels of a picture, and what had to be mended to get them: words such as "CMYK" or
+    """(H, W, channels) uint8 pixels of a picture, and what had to be repaired to get them: words such as "CMYK" or
     "turned (EXIF)", none for most pictures. Raises UserError for a file that cannot be read as a picture."""
     if isinstance(picture, Path):
         picture = File(str(picture), str(picture))
@@ -173,24 +173,24 @@ class _opened:
 
 def _decode(data: bytes, name: str, channels: int) -> tuple[np.ndarray, list[str]]:
     with _opened(data, name) as picture:
-        mended = _oddities(picture, name)
+        repaired = _peculiarities(picture, name)
         turned = _orientation(picture) != 1
         if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L") and channels == 3 and not turned:
             import simplejpeg
 
             try:
-                return simplejpeg.decode_jpeg(data, "RGB", strict=True), mended
+                return simplejpeg.decode_jpeg(data, "RGB", strict=True), repaired
             except ValueError:  # libjpeg found something wrong: Pillow says whether it is a picture all the same
-                mended.append("faulty JPEG data")
+                repaired.append("faulty JPEG data")
         picture.load()
-        return _convert(picture, channels), mended
+        return _convert(picture, channels), repaired
 
 
-def _oddities(picture: Image.Image, name: str) -> list[str]:
-    """What is odd about a picture as a file, by the words that the manifest counts it under."""
+def _peculiarities(picture: Image.Image, name: str) -> list[str]:
+    """What is unusual about a picture as a file, by the words that the manifest counts it under."""
     mode, form = picture.mode, "JPEG" if picture.format == "MPO" else picture.format
     transparent = mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info
-    odd = {
+    unusual = {
         f"{form} named as another format": ENDINGS.get(Path(name).suffix.lower(), form) != form,
         "grey": mode in ("1", "L", "LA", "La") or mode.startswith("I"),
         "16 bits": mode.startswith("I"),
@@ -200,7 +200,7 @@ def _oddities(picture: Image.Image, name: str) -> list[str]:
         "turned (EXIF)": _orientation(picture) != 1,
         "first of several frames": form in ("GIF", "PNG", "WEBP") and getattr(picture, "is_animated", False),
     }
-    return [word for word, found in odd.items() if found]
+    return [word for word, found in unusual.items() if found]
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError, imagenet
-from data.cli import shown
+from data import imagenet
 from data.trees import Source, Split, caffe_lists, image_folder
+from utils import UserError, shown
 
 NAMED = ("cifar10", "cifar100", "fashion-mnist", "sample")
 DOWNLOADS = Path(__file__).parent / "downloads"
@@ -97,7 +97,7 @@ def _cifar(name: str, download: bool) -> Source:
         return kind(str(DOWNLOADS), train=train, download=fetch)
 
     try:
-        # A whole archive that lies there is unpacked; nothing is fetched then.
+        # A whole archive that is there is unpacked; nothing is fetched then.
         train = load(True, fetch=check_integrity(str(DOWNLOADS / kind.filename), kind.tgz_md5))
     except RuntimeError:  # not there, or its checksum is wrong
         _fetch(name, kind.url, download, lambda: load(True, fetch=True), [DOWNLOADS])

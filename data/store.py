@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import UserError
+from utils import UserError
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -92,7 +92,7 @@ class Store:
     path: its folder. Files' sizes are compared with the manifest before anything is mapped, because reading past the
     end of a mapped file kills the process. Raises UserError where something is missing, torn or of another format.
 
-    classes: names, by label. wnids: those of the classes, or None. unlabelled: splits whose classes nobody knows.
+    classes: names, by label. wnids: those of the classes, or None. unlabelled: splits without labels.
     size: the pictures' side in pixels. channels: 1 or 3. mean: (size, size, channels)
     float32. counts: pictures per split. fingerprint: SHA-256 of the manifest.
     """
@@ -346,12 +346,3 @@ def file_entry(path: Path) -> dict:
     """Size and SHA-256 of a file, as the manifest keeps them."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def sync_folder(path: Path) -> None:
-    """Bring a folder's new entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError
 from data.pictures import ENDINGS, Files
+from utils import UserError
 
 ILSVRC = Path(__file__).parent / "ilsvrc.txt"
 ILSVRC_COUNTS = {"train": 1_281_167, "val": 50_000, "test": 100_000}
 UNLABELLED = -1
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-NAMES_OF_LISTS = ("synset_words.txt", "synsets.txt", "classes.txt")  # beside Caffe's lists, the first that is there
+NAMES_OF_LISTS = ("synset_words.txt", "synsets.txt", "classes.txt")  # next to Caffe's lists, the first that is there
 
 
 @dataclass
 class Split:
     """Pictures (Files, or uint8 arrays (H, W) or (H, W, 3)) and their labels, (n,) int64; all of them are UNLABELLED
-    where nobody knows the classes."""
+    in an unlabelled split."""
 
     pictures: Sequence
     labels: np.ndarray
@@ -89,7 +89,7 @@ def file_split(place: str | Path, members: list[str], labels, offsets=None, size
 
 def pictures_below(folder: str | Path) -> list[str]:
     """Paths, relative to `folder`, of all files at any depth that are named like pictures; links are followed. Hidden
-    files are passed over; other files are counted and said to be left out."""
+    files are passed over; other files are counted and said to be skipped."""
     found, others = [], []
     above = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(folder).resolve().parents)}
     for path, names in _walk(str(folder), above):
@@ -98,7 +98,7 @@ def pictures_below(folder: str | Path) -> list[str]:
             member = name if inside == "." else f"{inside}/{name}"
             (found if os.path.splitext(name)[1].lower() in ENDINGS else others).append(member)
     if others:
-        print(f"{folder}: {len(others)} files are not named like pictures and are left out (first: {min(others)})",
+        print(f"{folder}: {len(others)} files are not named like pictures and are skipped (first: {min(others)})",
               flush=True)
     return found
 
@@ -108,7 +108,7 @@ def _walk(folder: str, seen: set) -> Iterator[tuple[str, list[str]]]:
     where the walk already was, leads nowhere."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
-        print(f"{folder} leads to where the search comes from or was already, and is left out", flush=True)
+        print(f"{folder} leads to where the search comes from or was already, and is skipped", flush=True)
         return
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
@@ -149,9 +149,9 @@ def image_folder(root: Path) -> Source:
                 splits[split] = file_split(folder, members, [UNLABELLED] * len(members))
             continue
         if found != classes:
-            odd = sorted(set(found) ^ set(classes))
+            others = ", ".join(sorted(set(found) ^ set(classes))[:5])
             hint = "; for Kaggle's ImageNet give the folder that holds LOC_val_solution.csv" if not found else ""
-            raise UserError(f"the class folders of {folder} and {folders['train']} differ: {', '.join(odd[:5])}{hint}")
+            raise UserError(f"the class folders of {folder} and {folders['train']} differ: {others}{hint}")
         splits[split] = labelled_folders(folder, classes)
     return file_source(root.resolve().name, classes, splits)
 
@@ -167,7 +167,7 @@ def labelled_folders(folder: Path, classes: list[str]) -> Split:
     """FOLDER/CLASS/..., pictures at any depth; a class's label is its place in `classes`."""
     loose = [p.name for p in folder.iterdir() if p.is_file() and p.suffix.lower() in ENDINGS and p.name[0] != "."]
     if loose:
-        print(f"{folder}: {len(loose)} pictures lie in no class folder and are left out (first: {min(loose)})",
+        print(f"{folder}: {len(loose)} pictures lie in no class folder and are skipped (first: {min(loose)})",
               flush=True)
     members, labels = [], []
     for label, name in enumerate(classes):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import train
-import utils
+from checkpoints.run import read_log
 
 ROOT = Path(train.__file__).parent
 
@@ -29,16 +29,29 @@ def load(path):
 def assert_same_state(one: Path, two: Path):
     """Weights, momentum buffers, schedule and step of two last.pt, bit for bit."""
     a, b = load(one / "last.pt"), load(two / "last.pt")
-    assert (a["step"], a["epoch"], a["best"], a["schedule"]) == (b["step"], b["epoch"], b["best"], b["schedule"])
+    for part in ("step", "epoch", "best", "schedule", "state"):
+        assert a[part] == b[part]
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     buffers = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True)
     assert all(torch.equal(x["momentum_buffer"], y["momentum_buffer"]) for x, y in buffers)
 
 
+def assert_same_study_run(one: Path, two: Path):
+    """Of two runs of the activation study: last.pt, bit for bit, and the logs without their timings."""
+    a, b = load(one / "last.pt"), load(two / "last.pt")
+    state = ("epoch", "step", "loss_sum", "wrong")
+    assert [a[name] for name in state] == [b[name] for name in state]
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    buffers = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True)
+    assert all(torch.equal(x["momentum_buffer"], y["momentum_buffer"]) for x, y in buffers)
+    assert numbers(one) == numbers(two)
+
+
 def numbers(out):
     """The log without its timings."""
     timings = ("images_per_second", "stall", "seconds")
-    return [{k: v for k, v in e.items() if k not in timings} for e in utils.read_log(out / "log.jsonl")]
+    return [{k: v for k, v in e.items() if k not in timings} for e in read_log(out / "log.jsonl")]
 
 
 def command(store, out, *more):
@@ -53,7 +66,7 @@ def environment(**more):
 def streaming(store, out, *more):
     """train.py with two workers that read, on a split that would be resident otherwise."""
     arguments = command(store, out, "--batch-size", "16", "--epochs", "50", "--workers", "2", *more)[2:]
-    code = "import sys, data.loader, train; from data.cli import run_script; data.loader.RESIDENT_BYTES = 0; "
+    code = "import sys, data.loader, train; from utils import run_script; data.loader.RESIDENT_BYTES = 0; "
     code += f"sys.argv[1:] = {arguments!r}; run_script(train.main)"
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,6 +1,6 @@
 """Pack sources one after the other, whatever is wrong with them: python tests/pack_alone.py SOURCE ...
 
-The last line of the output is JSON: for each source its refusal, or counts, pictures left out and mended, and how many
+The last line of the output is JSON: for each source its refusal, or counts, pictures skipped and repaired, and how many
 records show another class than their label's (imagenet_files.py's pictures show their class); and the memory it took.
 """
 
@@ -13,7 +13,8 @@ from pathlib import Path
 import imagenet_files
 import numpy as np
 
-from data import UserError, pack, sources
+from data import pack, sources
+from utils import UserError
 
 
 def packed(place: str, out: Path) -> dict | str:

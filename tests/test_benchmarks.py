@@ -13,9 +13,9 @@ from PIL import Image
 
 from benchmarks import loader, lrn, pack, step
 from benchmarks.timing import interleaved, milliseconds, pictures
-from data import UserError
 from data.store import open_record
 from model import AlexNet
+from utils import UserError
 
 CPU = torch.device("cpu")
 

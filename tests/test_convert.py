@@ -17,11 +17,15 @@ from conftest import small_source
 from helpers import ROOT, load, resume, run
 from PIL import Image
 
+import checkpoints
 import test
+import train
 import utils
 from checkpoints import convert
-from data import UserError, pack
+from data import pack
+from data.augment import epoch_tables
 from data.pictures import WARPED, to_square
+from utils import UserError
 
 SHAPES = {
     "conv1": (96, 3, 11, 11), "conv2": (256, 48, 5, 5), "conv3": (384, 256, 3, 3), "conv4": (384, 192, 3, 3),
@@ -140,7 +144,7 @@ def test_caffes_logits(weights, converted):
     """A picture through load_model equals Caffe's layer definitions in numpy: warped to 256, blue first, means 104,
     117, 123 subtracted, centre 227."""
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), np.uint8)).resize((400, 300))
-    model, prepare = utils.load_model(converted)
+    model, prepare = checkpoints.load_model(converted)
     with torch.no_grad():
         ours = model(prepare(picture))[0].numpy()
     warped = to_square(picture, 256, resize=WARPED)  # test_pictures.py compares it with Pillow's
@@ -200,6 +204,18 @@ def test_what_is_not_bvlc_alexnet_is_refused(weights, tmp_path):
     assert not (tmp_path / "out.pt").exists()
 
 
+def test_caffes_net_trains_with_caffes_dropout(weights, converted):
+    """Its weights are the file's, its dropout is rescaled in training and does nothing in testing (dropout_layer.cpp):
+    fc7 and fc8 then learn at the rate that Caffe's would."""
+    net = checkpoints.build_net(load(converted), converted)
+    for name in ("fc6", "fc7", "fc8"):
+        assert np.array_equal(getattr(net, name).weight.detach().numpy(), weights[name][0])
+    x = torch.ones(1, 4096)
+    for layer in (net.drop6, net.drop7):
+        assert sorted(set(layer.train()(x).flatten().tolist())) == [0.0, 2.0]
+        assert torch.equal(layer.eval()(x), x)
+
+
 # ------------------------------------------------------------------------------- torchvision
 
 
@@ -229,11 +245,47 @@ def test_torchvisions_logits(torchvision_file, from_torchvision):
     net.load_state_dict(torch.load(torchvision_file, weights_only=True))
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)).resize((256, 256))
     transforms = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.transforms()
-    model, prepare = utils.load_model(from_torchvision)
+    model, prepare = checkpoints.load_model(from_torchvision)
     with torch.no_grad():
         theirs, ours = net(transforms(picture)[None]), model(prepare(picture))
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert theirs.std() > 0.1
+
+
+def test_fine_tuning_has_the_losses_of_torchvisions_own_net(tmp_path, monkeypatch):
+    """25 steps at learning rate 0.001, beside torchvision's net on torchvision's input, (pixel / 255 - mean) / std:
+    same order, crops, dropout masks and update. Folding the division into conv1's weights would diverge here."""
+    torch.manual_seed(0)
+    net = torchvision.models.alexnet(num_classes=4)
+    torch.save(net.state_dict(), tmp_path / "t.pth")
+    convert.main([str(tmp_path / "t.pth"), str(tmp_path / "t.pt")])
+    source = small_source(counts=(100, 4, 4))
+    source.size = 256
+    store = pack.pack(source, tmp_path / "store")
+    found, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: found.append(step(*a)) or found[-1])
+    options = ("--init", tmp_path / "t.pt", "--lr", 0.001, "--colour", "off", "--max-steps", 25)
+    run(store, tmp_path / "run", *options, batch=4)
+
+    weights, biases = ([p for n, p in net.named_parameters() if n.endswith(end)] for end in ("weight", "bias"))
+    groups = [{"params": weights, "weight_decay": 5e-4}, {"params": biases, "lr": 0.002}]
+    optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images, labels = (torch.from_numpy(x) for x in store.split("train").read(np.arange(100)))
+    mean_image = torch.from_numpy(store.mean)[16:240, 16:240].permute(2, 0, 1)
+    tables, losses = epoch_tables(0, 0, 100, 32), []
+    for number, samples in enumerate(np.split(tables.order, 25), 1):
+        cut = [images[i, top : top + 224, left : left + 224] for i in samples for top, left in [tables.offsets[i]]]
+        cut = [c.flip(1) if tables.mirror[i] else c for i, c in zip(samples, cut, strict=True)]
+        # train.py subtracts this store's mean image, not torchvision's: the pixels are shifted by the difference.
+        pixels = torch.stack(cut).permute(0, 3, 1, 2) - mean_image + 255 * mean
+        utils.seed_all(0, number, 0)
+        loss = torch.nn.functional.cross_entropy(net((pixels / 255 - mean) / std), labels[samples])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert [loss.item() for loss, _ in found] == pytest.approx(losses, rel=1e-3)
 
 
 def test_test_py_and_init_take_it(from_torchvision, tmp_path, capsys):
@@ -253,7 +305,7 @@ def test_test_py_and_init_take_it(from_torchvision, tmp_path, capsys):
     assert all(torch.allclose(start["model"][name], before["model"][name], atol=1e-6) for name in before["model"])
     assert resume(tmp_path / "run", "--max-steps", 2) == 0
     assert load(tmp_path / "run" / "last.pt")["step"] == 2
-    with pytest.raises(UserError, match="has no option columns"):
+    with pytest.raises(UserError, match="its net has no columns, not 2"):
         run(store, tmp_path / "two", "--init", from_torchvision, "--columns", 2, batch=8)
 
 
@@ -262,7 +314,9 @@ def test_torchvision_fetches_or_says_why_not(monkeypatch, tmp_path, torchvision_
     weights = torchvision.models.AlexNet_Weights
     monkeypatch.setattr(weights, "get_state_dict", lambda *a, **k: state)
     convert.main(["torchvision", str(tmp_path / "t.pt")])
-    assert load(tmp_path / "t.pt")["config"] == {"net": "torchvision", "num_classes": 4, "image_size": 224}
+    assert load(tmp_path / "t.pt")["config"] == {
+        "net": "torchvision", "num_classes": 4, "image_size": 224, "dropout": 0.5,
+    }
 
     def offline(*_, **__):
         raise OSError("no network")

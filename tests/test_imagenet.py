@@ -18,8 +18,9 @@ import pytest
 from helpers import ROOT, content
 
 import test as testing
-from data import UserError, imagenet, pack, sources
+from data import imagenet, pack, sources
 from data.trees import ilsvrc_wnids
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_labels_are_places_in_the_sorted_list_of_wnids(stores):
 
 
 def test_the_list_of_wnids():
-    """Its pins are those of FACTS that everybody knows; sorted, without doubles."""
+    """Known pairs of wnid and number; sorted, without doubles."""
     wnids = ilsvrc_wnids()
     assert (len(set(wnids)), list(wnids)) == (1000, sorted(wnids))
     assert [wnids[i] for i in (0, 1, 281, 285, 388, 999)] == [
@@ -109,7 +110,7 @@ def test_unlabelled_test_pictures_are_named_and_predicted(stores, tmp_path, imag
     assert store.names("test") == [f"ILSVRC2012_test_{number:08d}.JPEG" for number in range(1, 21)]
     assert store.names("train") is None
     best = str(imagenet_run / "best.pt")
-    with pytest.raises(UserError, match=r"nobody knows .* --predictions"):
+    with pytest.raises(UserError, match=r"have no labels; --predictions"):
         testing.main([best, "--data", str(store.path), "--split", "test"])
     file = tmp_path / "p.csv"
     assert testing.main([best, "--data", str(store.path), "--split", "test", "--predictions", str(file)]) == 0
@@ -158,7 +159,7 @@ def test_a_thousand_classes_at_224_pixels_train_and_test_within_the_memory(place
     """10 steps of batch 8 from a streamed store of 256 x 256 JPEG records, validation, test.py: 2.5 GB at most."""
     store = pack.pack(sources.find(str(places["tree"])), tmp_path / "store", workers=2)
     assert (store.size, store.codec) == (256, "jpeg")
-    streamed = "import sys, data.loader, {0}; from data.cli import run_script; data.loader.RESIDENT_BYTES = 0; "
+    streamed = "import sys, data.loader, {0}; from utils import run_script; data.loader.RESIDENT_BYTES = 0; "
     streamed += "sys.argv[1:] = {1!r}; run_script({0}.main)"
     train = ["--data", str(store.path), "--out", str(tmp_path / "run"), "--batch-size", "8", "--max-steps", "10",
              "--workers", "2", "--device", "cpu"]
@@ -299,7 +300,7 @@ def test_what_is_there_twice_or_is_a_link_is_not_passed_over(places, tmp_path, c
         link.type, link.linkname = tarfile.LNKTYPE, "n01440764.tar"
         tar.addfile(link)
     sources.find(str(root))
-    assert "n00000000.tar is a link or sparse and is left out" in capsys.readouterr().out
+    assert "n00000000.tar is a link or sparse and is skipped" in capsys.readouterr().out
     with tarfile.open(train, "a") as tar:
         again = small.tar_bytes({"n01440764_18.JPEG": pictures[first]})
         info = tarfile.TarInfo("n01440764.tar")

@@ -13,8 +13,9 @@ from conftest import pictures, small_source
 from helpers import ROOT, content
 from PIL import Image
 
-from data import UserError, pack, sources
+from data import pack, sources
 from data.store import file_entry
+from utils import UserError
 
 
 def fail_at(number: int, monkeypatch):
@@ -143,15 +144,15 @@ def bad_tree(root, bad):
     return root
 
 
-def test_pictures_that_were_mended_meanwhile_are_packed(tmp_path, capfd):
-    """Five broken ones stop the packing; mended, they are all in the store, those of finished shards, too."""
+def test_pictures_that_were_repaired_meanwhile_are_packed(tmp_path, capfd):
+    """Five broken ones stop the packing; repaired, they are all in the store, those of finished shards, too."""
     tree = bad_tree(tmp_path / "tree", {1, 2, 3, 4, 350})
     with pytest.raises(UserError, match=r"5 of 400 pictures of train cannot be read, more than 1%; one of them: "):
         pack.pack(sources.find(str(tree)), tmp_path / "out", size=64, shards=4)
     assert "shards are kept" in capfd.readouterr().out
     for number in (1, 2, 3, 4, 350):
-        mended = tree / "train" / "ab"[number // 200] / f"{number:03d}.png"
-        Image.new("RGB", (70, 70), (number % 256, 0, 0)).save(mended)
+        repaired = tree / "train" / "ab"[number // 200] / f"{number:03d}.png"
+        Image.new("RGB", (70, 70), (number % 256, 0, 0)).save(repaired)
     store = pack.pack(sources.find(str(tree)), tmp_path / "out", size=64, shards=4)
     assert "001.png can be read now: train-00000 is packed again" in capfd.readouterr().out
     assert store.counts["train"] == 400

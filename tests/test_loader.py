@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import UserError
 from data.augment import epoch_tables
 from data.loader import RESIDENT_BYTES, Loader, default_workers
 from data.store import Store
+from utils import UserError
 
 PLAN = [order[:24] for order in np.random.default_rng(0).permuted(np.tile(np.arange(96), (5, 1)), axis=1)]
 
@@ -67,24 +67,17 @@ def test_any_point_of_resuming_gives_the_same_batches(store):
         assert all(torch.equal(a, b) for a, b in zip(whole[first:], rest, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["store", "grey_store"])
-def test_padding_is_a_frame_in_the_mean_colour(kind, request):
-    """Against numpy's pad, channel by channel; crops are cut out of the framed pictures."""
-    store = request.getfixturevalue(kind)
-    images, labels = store.split("train").read(np.arange(5))
-    loader = Loader(store, "train", padding=4)
-    ((found, found_labels),) = loader.batches([np.arange(5)])
-    assert (loader.size, Loader(store, "train").size) == (80, 72)
-    assert torch.equal(found_labels, torch.from_numpy(labels))
-    for c in range(store.channels):
-        colour = round(float(store.mean[:, :, c].mean()))
-        framed = np.pad(images[..., c], ((0, 0), (4, 4), (4, 4)), constant_values=colour)
-        assert np.array_equal(found[..., c].numpy(), framed)
-    tables = epoch_tables(0, 0, len(loader), 8)
-    ((crops, _),) = loader.batches([np.arange(5)], tables, 72)
-    for i, (top, left) in enumerate(tables.offsets[:5]):
-        cut = found[i, top : top + 72, left : left + 72].numpy()
-        assert np.array_equal(crops[i].numpy(), cut[:, ::-1] if tables.mirror[i] else cut)
+def test_in_order_each_picture_is_seen_once(store):
+    """By one process or three, in batches of 8."""
+    images, labels = store.split("val").read(np.arange(21))
+    loader = Loader(store, "val")
+    found = [torch.cat(part).numpy() for part in zip(*loader.in_order(8), strict=True)]
+    assert np.array_equal(found[0], images)
+    assert np.array_equal(found[1], labels)
+    for rank in range(3):
+        mine = [len(batch) for _, batch in loader.in_order(4, rank, 3)]
+        assert mine == [4, 3]
+        assert np.array_equal(torch.cat([batch for batch, _ in loader.in_order(4, rank, 3)]).numpy(), images[rank::3])
 
 
 def test_workers_are_for_gpus():

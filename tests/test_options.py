@@ -11,8 +11,9 @@ from helpers import ROOT, command, load, run
 
 import options
 import train
-from data import UserError, pack
+from data import pack
 from data.augment import Augment
+from utils import UserError
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_store_of_the_smallest_sizes_trains(tmp_path, size):
 def test_every_option_trains(store, tmp_path, monkeypatch):
     """One step with everything switched from its default, all of which arrive."""
     seen, tables = [], []
-    monkeypatch.setattr("run.Augment", lambda *a, **more: seen.append(more) or Augment(*a, **more))
+    monkeypatch.setattr(train, "Augment", lambda *a, **more: seen.append(more) or Augment(*a, **more))
     real = train.epoch_tables
     monkeypatch.setattr(train, "epoch_tables", lambda *a: tables.append(real(*a)) or tables[-1])
     run(
@@ -108,13 +109,13 @@ def test_the_sources_options_reach_the_net_and_the_crops(store, tmp_path, monkey
 
 
 def test_the_defaults_are_the_papers():
-    """Section 5: batches of 128, momentum 0.9, decay 0.0005, rate 0.01, roughly 90 cycles."""
+    """Section 5: batches of 128, momentum 0.9, decay 0.0005, learning rate 0.01, roughly 90 cycles."""
     args = options.make_parser().parse_args([])
     assert (args.momentum, args.weight_decay, args.lr, args.lrn_k) == (0.9, 0.0005, 0.01, 2.0)
     assert (options.DEFAULTS["batch_size"], options.DEFAULTS["epochs"]) == (128, 90)
     assert (args.columns, args.order, args.activation, args.recipe, args.crop_runs) == (1, "paper", "relu", "2012", 1)
     assert (args.mean, args.colour, args.lrn_alpha, options.DEFAULTS["patience"]) == ("image", "2012", "2012", 5)
-    assert all((args.lrn, args.overlap, args.dropout, args.mirror))
+    assert all((args.lrn, args.overlapping_pool, args.dropout, args.mirror))
     assert not args.lrn_across
     for stored, size in ((256, 224), (72, 64)):
         args = options.make_parser().parse_args(["--batch-size", "2"])

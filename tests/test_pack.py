@@ -12,8 +12,9 @@ import pytest
 from conftest import small_source
 from PIL import Image
 
-from data import UserError, pack, sources
+from data import pack, sources
 from data.store import Store
+from utils import UserError
 
 ROOT = Path(pack.__file__).parent.parent
 
@@ -34,23 +35,27 @@ def test_the_store_holds_what_the_source_gives(store):
             assert np.abs(ours.astype(int) - np.asarray(by_pil)).max() <= 2
 
 
-def test_a_named_set_of_another_size_has_a_store_of_its_own(tmp_path, monkeypatch):
-    """Packed once, under NAME-SIZE; the usual store is not touched."""
+def test_a_named_set_without_a_store_is_packed_or_the_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "STORES", tmp_path)
+    monkeypatch.setattr(sources, "find", lambda name, download: small_source("sample"))
+    with pytest.raises(UserError, match=r"make it first: python -m data\.pack sample$"):
+        pack.named_store("sample", download=None)
+    assert pack.named_store("sample").size == pack.named_store("sample").size == 72
+    assert [p.name for p in tmp_path.iterdir()] == ["sample"]
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_pictures_smaller_than_any_alexnets(tmp_path, monkeypatch, size):
+    """Studies have nets for these; 15 is refused."""
     source = small_source("sample")
     monkeypatch.setattr(sources, "find", lambda name, download: source)
-    with pytest.raises(UserError, match=r"data\.pack sample --size 32 --out .*sample-32"):
-        pack.named_store("sample", download=None, size=32)
-    store = pack.named_store("sample", size=32)
-    assert (store.path, store.size, store.name) == (tmp_path / "sample-32", 32, "sample")
-    monkeypatch.setattr(sources, "find", None)
-    assert pack.named_store("sample", size=32).fingerprint == store.fingerprint
-    assert [p.name for p in tmp_path.iterdir()] == ["sample-32"]
-    (tmp_path / "sample-32").rename(tmp_path / "sample-40")
-    with pytest.raises(UserError, match="has pictures of 32 pixels, not of 40"):
-        pack.named_store("sample", size=40)
-    images, _ = Store(tmp_path / "sample-40").split("train").read(np.arange(3))
-    assert np.array_equal(images, source.splits["train"].pictures[:3])  # 32 pixels stay what they are
+    assert pack.main(["sample", "--size", str(size), "--out", str(tmp_path / "x"), "--workers", "1"]) == 0
+    assert Store(tmp_path / "x").size == size
+    images, _ = Store(tmp_path / "x").split("train").read(np.arange(3))
+    if size == 32:  # pictures of that size stay what they are
+        assert np.array_equal(images, source.splits["train"].pictures[:3])
+    with pytest.raises(UserError, match="15 is not a whole number, 16 to 4096"):
+        pack.main(["sample", "--size", "15"])
 
 
 def test_mean_image_and_pca_are_numpys(store):
@@ -171,11 +176,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     code = f"""
 import resource, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from data import cli, pack
+import utils
+from data import pack
 from conftest import small_source
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-cli.run_script(lambda argv: pack.pack(small_source(), {str(tmp_path / "out")!r}))
+utils.run_script(lambda argv: pack.pack(small_source(), {str(tmp_path / "out")!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
@@ -191,7 +197,7 @@ cli.run_script(lambda argv: pack.pack(small_source(), {str(tmp_path / "out")!r})
         ([], "give a SOURCE"),
         (["sample", "--verify", "x"], "give a SOURCE"),
         (["sample", "--workers", "0"], "--workers"),
-        (["sample", "--size", "20"], "--size"),
+        (["sample", "--size", "15"], "--size"),
         (["sample", "--size", "70000"], "to 4096"),
         (["sample", "--codec", "png"], "--codec"),
         (["sample", "--only-shards", "0:1"], "give both"),

@@ -16,8 +16,8 @@ from helpers import ROOT
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from data import UserError
 from data.pictures import MAX_PIXELS, WARPED, File, Files, open_picture, pixels, square, to_square
+from utils import UserError
 
 
 def by_pil(picture: Image.Image, size: int, mode: str = "RGB") -> np.ndarray:

@@ -12,24 +12,13 @@ MODULES = [
     *(p for p in sorted(ROOT.glob("*.py"))),
     *(p for folder in ("data", "studies", "benchmarks", "checkpoints") for p in sorted((ROOT / folder).rglob("*.py"))),
 ]
-# What each file may import of the project itself; data is the whole folder.
-ALLOWED = {
-    "model": set(),
-    "kernels": {"model"},
-    "data": {"data"},
-    "recipe": {"model"},
-    "utils": {"model", "data"},
-    "options": {"model", "data", "utils"},
-    "run": {"model", "data", "utils", "recipe"},
-    "start": {"model", "data", "utils"},
-    "train": {"model", "kernels", "data", "utils", "options", "recipe", "run", "start"},
-    "checkpoints": {"model", "data", "utils"},
-    "test": {"model", "kernels", "data", "utils"},
-    "hubconf": {"model", "utils"},
-    "studies": {"model", "kernels", "data", "utils", "options", "recipe", "run", "start", "train", "test", "studies"},
-    "benchmarks": {"model", "kernels", "data", "utils", "options", "recipe", "train", "benchmarks"},
-}
+# What each file or folder may import of the project: those before it; files of one level do not import each other.
+LEVELS = (
+    {"model", "utils"}, {"data"}, {"kernels", "recipe"}, {"checkpoints"}, {"options"}, {"train", "test", "hubconf"},
+    {"studies", "benchmarks"},
+)
 HEAVY = {"matplotlib", "cv2", "h5py", "lmdb", "torchvision", "scipy", "google"}
+LINES = {"utils.py": 250, "README.md": 200}  # at most
 
 
 def part(path: Path) -> str:
@@ -45,15 +34,32 @@ def imports(tree, everywhere=True):
             yield node.module.split(".")[0]
 
 
+def allowed(name: str) -> set[str]:
+    level = next(number for number, names in enumerate(LEVELS) if name in names)
+    before = set().union(*LEVELS[:level]) | ({name} if (ROOT / name).is_dir() else set())
+    return before - ({"model"} if name == "data" else set())
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path):
-    """model, data -> utils -> train, test, hubconf -> studies, benchmarks; heavy libraries inside functions."""
-    tree = ast.parse(path.read_text())
-    mine = set(imports(tree)) & set(ALLOWED)
-    assert mine <= ALLOWED[part(path)], f"{path} may not import {mine - ALLOWED[part(path)]}"
-    if part(path) not in ("studies", "benchmarks"):
+    """By LEVELS; heavy libraries inside functions; studies do not import each other."""
+    tree, name = ast.parse(path.read_text()), part(path)
+    mine = set(imports(tree)) & set().union(*LEVELS)
+    assert mine <= allowed(name), f"{path} may not import {mine - allowed(name)}"
+    if name not in ("studies", "benchmarks"):
         assert not set(imports(tree, everywhere=False)) & HEAVY
+    if name == "studies":
+        # What several studies share is no study.
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        shared = {"studies.common", "studies.loop", "studies.networks"}
+        apart = {m for m in modules if m.startswith("studies.")} - shared
+        assert not apart, f"{path} imports {apart}"
     assert ast.get_docstring(tree), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_files_that_stay_short(name):
+    assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
 
 
 def test_model_imports_torch_only():

@@ -16,8 +16,9 @@ import pytest
 from conftest import pictures
 from torchvision import datasets
 
-from data import UserError, pack, sources
+from data import pack, sources
 from data.pictures import to_square
+from utils import UserError
 
 
 @pytest.fixture

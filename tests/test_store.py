@@ -12,7 +12,8 @@ import pytest
 from conftest import pictures
 from helpers import ROOT
 
-from data import UserError, encode, store
+from data import encode, store
+from utils import UserError
 
 
 @pytest.fixture

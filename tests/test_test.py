@@ -11,9 +11,10 @@ import torch
 from conftest import small_source
 from PIL import Image
 
+import checkpoints
 import test
-import utils
-from data import UserError, pack, sources
+from data import pack, sources
+from utils import UserError
 
 
 def run_json(capsys, *arguments) -> dict:
@@ -27,7 +28,7 @@ def run_json(capsys, *arguments) -> dict:
 def test_the_default_is_the_test_split_of_the_training_data(run_folder, store, capsys):
     """Centre crop, by hand."""
     result = run_json(capsys, run_folder / "best.pt")
-    model, _ = utils.load_model(run_folder / "best.pt")
+    model, _ = checkpoints.load_model(run_folder / "best.pt")
     images, labels = store.split("test").read(np.arange(30))
     inputs = torch.from_numpy((images[:, 4:68, 4:68] - store.mean[4:68, 4:68]).transpose(0, 3, 1, 2))
     with torch.no_grad():
@@ -56,10 +57,10 @@ def test_the_report_is_readable(run_folder, capsys):
 
 
 def test_the_default_checkpoint_is_the_newest(run_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(utils, "CHECKPOINTS", run_folder.parent)
+    monkeypatch.setattr(checkpoints, "FOLDER", run_folder.parent)
     result = run_json(capsys)
     assert result["checkpoints"] == [str(run_folder / "best.pt")]
-    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
     with pytest.raises(UserError, match=r"best.pt yet; python train.py makes one"):
         test.main([])
 
@@ -154,3 +155,9 @@ def test_json_stays_one_line_while_a_set_is_packed(run_folder, tmp_path, monkeyp
     result = run_json(capsys, run_folder / "best.pt", "--dataset", "sample")
     assert result["data"] == "sample"
     assert (tmp_path / "stores" / "sample").exists()
+
+
+def test_wilson_interval_against_published_values():
+    """10 of 100: 5.52% to 17.44%; 0 of 20: 0 to 16.11% (Newcombe 1998's method 3)."""
+    assert test.wilson_interval(10, 100) == pytest.approx((5.5229, 17.4366), abs=1e-3)
+    assert test.wilson_interval(0, 20) == pytest.approx((0, 16.1125), abs=1e-3)

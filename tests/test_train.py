@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from conftest import small_source
 from helpers import ROOT, assert_same_state, command, environment, load, numbers, resume, run, streaming
 
+import checkpoints
 import train
 import utils
-from data import UserError, pack, sources
+from checkpoints import run as runs
+from data import pack, sources
 from data.augment import Augment, epoch_tables
 from data.store import Store
 from kernels import FastDropout
 from model import AlexNet
+from utils import UserError
 
 
 def test_the_loop_is_the_one_written_out_here(store, ten_steps):
@@ -31,7 +34,7 @@ def test_the_loop_is_the_one_written_out_here(store, ten_steps):
     utils.seed_all(0)
     net.init_weights()
     net.to(memory_format=torch.channels_last)
-    net.drop6.__class__ = net.drop7.__class__ = FastDropout  # the masks that train.py draws on a CPU
+    net.drop6.__class__ = net.drop7.__class__ = FastDropout  # random bits, as train.py draws its masks on a CPU
     inputs = Augment(64, store.mean, colour="2012", pca=store.manifest["pca"])
     images, labels = (torch.from_numpy(x) for x in store.split("train").read(np.arange(96)))
     cut = by_hand(images.numpy(), tables := epoch_tables(0, 0, 96, 8))
@@ -51,7 +54,7 @@ def test_the_loop_is_the_one_written_out_here(store, ten_steps):
                 rate, decay = (0.01, 0.0005) if name.endswith("weight") else (0.02, 0.0)
                 velocity[name] = 0.9 * velocity[name] - decay * rate * p - rate * p.grad
                 p += velocity[name]
-    entry = utils.read_log(ten_steps / "log.jsonl")[0]
+    entry = runs.read_log(ten_steps / "log.jsonl")[0]
     assert entry["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert entry["train_top1_error"] == pytest.approx(100 * wrong / 96)
     best = load(ten_steps / "best.pt")["model"]
@@ -73,7 +76,7 @@ def test_learning_rate_drops_reach_the_optimiser(store, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "set_rate", lambda optimizer, lr: seen.append(lr) or real(optimizer, lr))
     monkeypatch.setattr(utils, "evaluate", lambda *_, **__: torch.tensor([1.0, 10.0, 0.0], dtype=torch.float64))
     run(store, tmp_path / "run", "--patience", 1, batch=96)
-    rates = [e["lr"] for e in utils.read_log(tmp_path / "run" / "log.jsonl")]
+    rates = [e["lr"] for e in runs.read_log(tmp_path / "run" / "log.jsonl")]
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.0001, 0.00001])
     assert seen == pytest.approx([0.01, 0.001, 0.0001, 0.00001, 0.00001])
     groups = load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
@@ -83,9 +86,7 @@ def test_learning_rate_drops_reach_the_optimiser(store, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def two_epochs(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    torch.set_num_threads(1)  # as the runs below: equal to the bit only with the same number of threads
     run(store, out, "--epochs", 2)
-    torch.set_num_threads(2)
     return out
 
 
@@ -130,9 +131,7 @@ def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status)
     assert process.returncode == status
     assert "--resume goes on from there" in out
     assert 6 < load(tmp_path / "run" / "last.pt")["step"] < 12
-    torch.set_num_threads(1)
     resume(tmp_path / "run")
-    torch.set_num_threads(2)
     assert_same_state(tmp_path / "run", two_epochs)
     assert numbers(tmp_path / "run") == numbers(two_epochs)
 
@@ -162,7 +161,7 @@ def test_with_no_data_it_falls_back_to_the_sample_and_says_so(tmp_path, monkeypa
     monkeypatch.setattr(pack, "STORES", tmp_path / "stores")
     monkeypatch.setattr(sources, "DOWNLOADS", tmp_path / "downloads")
     monkeypatch.setattr(sources, "_unreachable", lambda url: "no route to the server")
-    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path / "checkpoints")
     assert train.main(["--max-steps", "1"]) == 0
     out, err = capsys.readouterr()
     warnings = [line for line in err.splitlines() if line.startswith("warning:")]
@@ -189,10 +188,11 @@ def test_a_diverging_run_stops_with_step_and_rate(store, tmp_path):
 def test_a_plateau_is_warned_of_once(store, capsys):
     """A mean loss within 1% of ln(classes) after 500 steps, and only then."""
     stuck = types.SimpleNamespace(batch_size=16)
-    a_run = train.Run(stuck, store, torch.device("cpu"), 0, 1, None, None, train.State(), None)
+    a_run, watch = runs.Training(stuck, store, None, None, None, ""), train.Watch(torch.device("cpu"))
+    a_run.state.step_in_epoch = 20
     for step, loss, warnings in ((480, 1.0, 0), (500, 0.98, 0), (520, 1.0, 1), (540, 1.005, 0)):
         a_run.state.step = step
-        note = train.look(a_run, 20, torch.tensor([loss * math.log(4) * 320, 80.0]))
+        note = train.look(a_run, torch.tensor([loss * math.log(4) * 320, 80.0]), watch)
         assert capsys.readouterr().err.count("still that of guessing") == warnings
         assert note == f"loss {loss * math.log(4):.3f}, error 25.0%"
 
@@ -206,6 +206,53 @@ def test_init_takes_weights_and_starts_fc8_afresh(store, run_folder, tmp_path, c
     start = load(tmp_path / "other" / "last.pt")["model"]
     assert start["fc8.weight"].shape == (3, 4096)
     assert torch.allclose(start["fc7.weight"], before["fc7.weight"], atol=1e-6)
-    assert "fc8 starts fresh" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"columns is 1, here 2 \(see --columns\)"):
-        run(store, tmp_path / "two", "--init", run_folder / "best.pt", "--columns", 2)
+    assert "has other classes than this run, so fc8 starts afresh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["names in another order", "wnids in another order", "other names", "names twice"])
+def test_init_knows_the_classes(store, run_folder, tmp_path, capsys, kind):
+    """Same names or same wnids keep the last layer, another order permutes its rows, anything else starts it afresh,
+    with a warning, also where the count is the same."""
+    content, names = load(run_folder / "best.pt"), ["class 2", "class 0", "class 3", "class 1"]
+    source, order = small_source(counts=(16, 4, 4)), [2, 0, 3, 1]
+    if kind == "names in another order":
+        source.classes = names
+    elif kind == "wnids in another order":
+        content["wnids"], source.wnids = ["n0", "n1", "n2", "n3"], ["n2", "n0", "n3", "n1"]
+        source.classes = ["w", "x", "y", "z"]
+    elif kind == "other names":
+        source.classes, order = ["w", "x", "y", "z"], None
+    else:
+        content["classes"] = source.classes = ["crane", "crane", "x", "y"]
+        order = [0, 1, 2, 3]
+    torch.save(content, tmp_path / "start.pt")
+    other = pack.pack(source, tmp_path / "store")
+    run(other, tmp_path / "run", "--init", tmp_path / "start.pt", "--max-steps", 1, "--lr", 1e-12)
+    rows, before = load(tmp_path / "run" / "best.pt")["model"]["fc8.weight"], content["model"]["fc8.weight"]
+    warned = capsys.readouterr().err
+    if order:
+        assert torch.allclose(rows, before[order], atol=1e-6)
+        assert warned == ""
+    else:
+        assert not torch.allclose(rows, before, atol=1e-3)
+        assert "has other classes than this run, so fc8 starts afresh" in warned
+
+
+def test_init_brings_the_nets_options_with_it(store, tmp_path, capsys):
+    """Two columns with tanh, without overlap, at 67 pixels; what contradicts them is refused, dropout may differ."""
+    options = ("--columns", 2, "--activation", "tanh", "--no-overlap", "--image-size", 67)
+    run(store, tmp_path / "first", *options, "--max-steps", 1)
+    best = tmp_path / "first" / "best.pt"
+    run(store, tmp_path / "second", "--init", best, "--columns", 2, "--no-dropout", "--max-steps", 1)
+    first, second = load(best)["config"], load(tmp_path / "second" / "best.pt")["config"]
+    assert second == first | {"dropout": 0}
+    assert "two columns, 67 x 67 pixels" in capsys.readouterr().out
+    resume(tmp_path / "second", "--max-steps", 2)
+    assert load(tmp_path / "second" / "last.pt")["step"] == 2
+    for option, value, named in (
+        ("--columns", 1, "its columns is 2, not 1"), ("--no-lrn", None, "its lrn is True, not False"),
+        ("--image-size", 64, "its image_size is 67, not 64"), ("--activation", "relu", "its activation is tanh"),
+    ):
+        with pytest.raises(UserError, match=named):
+            run(store, tmp_path / "third", "--init", best, option, *([value] if value else []))
+    assert not (tmp_path / "third").exists()

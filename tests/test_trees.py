@@ -11,7 +11,8 @@ from conftest import pictures
 from helpers import ROOT
 from PIL import Image
 
-from data import UserError, pack, sources
+from data import pack, sources
+from utils import UserError
 
 
 def test_names_that_are_no_lines_of_text_stay_in_step(tree, tmp_path, capsys):
@@ -29,15 +30,15 @@ def test_names_that_are_no_lines_of_text_stay_in_step(tree, tmp_path, capsys):
 
 def test_names_are_written_in_utf8_whatever_the_locale(tmp_path):
     """Else another machine, or the same one tomorrow, could not read them."""
-    script = "import sys; from pathlib import Path; from data.job import replace_text; "
-    script += "replace_text(Path(sys.argv[1]), 'caf\\u00e9\\n')"
+    script = "import sys; from pathlib import Path; from utils import write_text; "
+    script += "write_text(Path(sys.argv[1]), 'caf\\u00e9\\n')"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # ASCII alone
     subprocess.run([sys.executable, "-c", script, tmp_path / "names.txt"], cwd=ROOT, env=env, check=True)
     assert (tmp_path / "names.txt").read_bytes() == b"caf\xc3\xa9\n"
 
 
 def test_names_that_are_no_text_are_printed_all_the_same(tree, tmp_path):
-    """Under a strict UTF-8 locale: what is left out, a source and an --out of such names."""
+    """Under a strict UTF-8 locale: what is skipped, a source and an --out of such names."""
     (tree / os.fsdecode(b"train/cat/L\xe9.txt")).touch()
     (tree / os.fsdecode(b"train/L\xe9.jpg")).touch()
     odd = os.fsencode(tree.rename(tree.parent / os.fsdecode(b"tr\xe9e")))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import sources
-from data.cli import run_script
+from utils import run_script
 
 PER_CLASS = {"train": 600, "val": 100, "test": 100}
 SEED = 2012

@@ -1,0 +1,209 @@
+"""What a checkpoint holds (README.md here), how one is read and checked, and the net that it makes.
+
+This is the one place that knows kinds of nets: AlexNet, and the nets of converted weights, Caffe's and torchvision's.
+"""
+
+import pickle
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.augment import Augment
+from data.pictures import SHORTER_SIDE, WARPED, to_square
+from model import AlexNet
+from utils import UserError, one_line
+
+FOLDER = Path(__file__).resolve().parent
+KEYS = (
+    "model", "config", "classes", "wnids", "mean", "store_size", "resize", "image_size", "epoch", "step", "best",
+    "dataset", "store",
+)
+# torchvision's weights were trained on (pixel / 255 - MEAN) / STD (ImageClassification in its transforms).
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def newest(name: str) -> Path | None:
+    """The youngest checkpoints/*/NAME, or None."""
+    return max(FOLDER.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> dict:
+    """A checkpoint of train.py or checkpoints.convert as a dict. Only plain values and tensors are read, never
+    code. Raises UserError for a file that is missing, damaged or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
+    except Exception as error:  # torch's reader raises nearly anything on files of other kinds
+        raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
+    missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
+    wrong = _wrong_entry(checkpoint)
+    if wrong:
+        raise UserError(f"{path} is no checkpoint of this project, or was changed: its {wrong} cannot be right")
+    return checkpoint
+
+
+def _wrong_entry(c: dict) -> str | None:
+    """The first entry of a checkpoint that does not fit the others."""
+    sides = all(isinstance(c[name], int) and c[name] > 0 for name in ("store_size", "image_size"))
+    count = len(c["classes"]) if _are_words(c["classes"]) else 0
+    mean = c["mean"]
+    checks = {
+        "model": isinstance(c["model"], dict) and all(isinstance(t, Tensor) for t in c["model"].values()),
+        "config": isinstance(c["config"], dict),
+        "classes": count > 0,
+        "wnids": c["wnids"] is None or (_are_words(c["wnids"]) and len(c["wnids"]) == count),
+        "image_size or store_size": sides and c["image_size"] <= c["store_size"],
+        "resize": c["resize"] in (SHORTER_SIDE, WARPED),
+        "dataset or store": isinstance(c["store"], str) and isinstance(c["dataset"], str),
+        "mean": isinstance(mean, Tensor) and mean.is_floating_point() and mean.ndim == 3 and mean.shape[2] in (1, 3)
+        and mean.shape[0] == mean.shape[1] and mean.shape[0] in (1, c["store_size"]) and bool(mean.isfinite().all()),
+    }
+    wrong = next((name for name, right in checks.items() if not right), None)
+    if wrong:
+        return wrong
+    fits = (c["config"].get("num_classes"), c["config"].get("image_size")) == (count, c["image_size"])
+    return None if fits else "config"
+
+
+def _are_words(value) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def load_model(path: str | Path, device="cpu"):
+    """(model, prepare) of a checkpoint. model: the net in eval mode, with a list `classes`. prepare: a function from
+    one PIL picture, or a list of them, to the model's input, (n, 3, S, S) float: resized, cropped, mean subtracted
+    as in training; prepare(pictures, ten_crop=True) gives ten such inputs. Raises UserError for a bad file."""
+    checkpoint = load_checkpoint(path, device)
+    model = build_net(checkpoint, path).to(device).eval()
+    model.classes = checkpoint["classes"]
+    mean, size = checkpoint["mean"], checkpoint["store_size"]
+    augment = Augment(checkpoint["image_size"], mean, device=device)
+
+    def prepare(pictures, ten_crop: bool = False):
+        pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
+        stored = np.stack([to_square(p, size, mean.shape[2], checkpoint["resize"]) for p in pictures])
+        images = torch.from_numpy(stored).to(device)
+        return list(augment.ten_crop(images)) if ten_crop else augment.center(images)
+
+    return model, prepare
+
+
+def load_member(path: str | Path, device, ten_crop: bool = False):
+    """(net, views, checkpoint): the net in eval mode, what it looks at of stored pictures (as utils.evaluate takes it),
+    and the rest of the checkpoint."""
+    checkpoint = load_checkpoint(path, device)
+    net = build_net(checkpoint, path).to(device, memory_format=torch.channels_last).eval()
+    del checkpoint["model"]  # the net has the weights
+    augment = Augment(checkpoint["image_size"], checkpoint["mean"], device=device)
+    return net, partial(augment.views, ten_crop=ten_crop), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------- nets
+
+
+def build_net(checkpoint: dict, path: str | Path) -> nn.Module:
+    """The net of a checkpoint with its weights; `config` rebuilds it. Raises UserError, naming `path`, where they do
+    not fit or are not finite."""
+    try:
+        net = new_net(checkpoint["config"])
+        net.load_state_dict(checkpoint["model"])
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: the weights do not fit the net: {one_line(error)}") from None
+    if not all(parameter.isfinite().all() for parameter in net.parameters()):
+        raise UserError(f"{path} holds weights that are not finite; it is damaged")
+    return net
+
+
+def new_net(config: dict) -> nn.Module:
+    """The net that a checkpoint's config describes, freshly initialised. Raises ValueError or TypeError for a config
+    that describes none."""
+    options = dict(config)
+    kind = options.pop("net", "alexnet")
+    if kind == "alexnet":
+        return AlexNet(**options)
+    if kind == "caffe":
+        return caffe_net(options)
+    if kind == "torchvision":
+        return torchvision_net(**options)
+    raise ValueError(f"unknown net {kind}")
+
+
+def caffe_net(options: dict) -> nn.Module:
+    """AlexNet with the dropout that Caffe's weights were trained with: rescaled in training, no factor in testing."""
+    net = AlexNet(**options)
+    net.drop6, net.drop7 = nn.Dropout(net.drop6.p), nn.Dropout(net.drop7.p)
+    net.config["net"] = "caffe"
+    return net
+
+
+def torchvision_net(num_classes: int, image_size: int, dropout: float = 0.5) -> nn.Module:
+    """torchvision's alexnet, another net than the paper's, for pixels of 0..255 minus 255 MEAN: it divides them by 255
+    STD itself. (Folded into conv1's weights, that division would leave them 58 times smaller and their gradient 58
+    times larger, and no learning rate would suit both conv1 and the rest.)"""
+    from torchvision.models import alexnet
+
+    net = alexnet(num_classes=num_classes, dropout=dropout)
+    net.register_buffer("scale", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+    net.register_forward_pre_hook(_divide)
+    net.config = {"net": "torchvision", "num_classes": num_classes, "image_size": image_size, "dropout": dropout}
+    return net
+
+
+def _divide(net: nn.Module, inputs: tuple) -> Tensor:
+    return inputs[0] / net.scale
+
+
+def describe_net(net: nn.Module) -> str:
+    """A net's kind in words."""
+    config = net.config
+    if config.get("net") == "torchvision":
+        return "torchvision's alexnet (another net than the paper's)"
+    columns = "one column" if config["columns"] == 1 else "two columns"
+    order = ", in the order of the 2012 code" if config["order"] == "2012" else ""
+    caffe = " with Caffe's dropout" if "net" in config else ""
+    return f"AlexNet{caffe}, {columns}{order}"
+
+
+def take_weights(net: nn.Module, checkpoint: dict, path: str | Path, classes: list[str], wnids) -> str:
+    """Start a net for `classes` from a checkpoint's weights, and return a warning or "". The last layer stays where the
+    names of the classes, or their wnids, are the same; its rows change places where these come in another order;
+    otherwise it stays as initialised. Raises UserError where the weights do not fit."""
+    weights = dict(checkpoint["model"])
+    last = list(net.state_dict())[-1].rpartition(".")[0]  # fc8; torchvision's is classifier.6
+    rows, warning = _rows_of(checkpoint, classes, wnids), ""
+    initial = net.state_dict()
+    for part in (f"{last}.weight", f"{last}.bias"):
+        if rows is None:
+            weights[part] = initial[part]
+            warning = f"--init {path} has other classes than this run, so {last} starts afresh"
+        elif part in weights and len(weights[part]) == len(rows):
+            weights[part] = weights[part][rows]
+    try:
+        net.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"--init {path}: the weights do not fit: {one_line(error)}") from None
+    return warning
+
+
+def _rows_of(checkpoint: dict, classes: list[str], wnids: list[str] | None) -> list[int] | None:
+    """Which row of the checkpoint's last layer each class has; None where the classes are others."""
+    for theirs, ours in ((checkpoint["wnids"], wnids), (checkpoint["classes"], classes)):
+        if theirs and theirs == ours:
+            return list(range(len(ours)))
+        if theirs and ours and sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
+            return [theirs.index(word) for word in ours]
+    return None

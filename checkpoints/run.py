@@ -1,0 +1,268 @@
+"""A run of train.py: what it is made of, and its folder: config.json, log.jsonl, last.pt, best.pt, curves.png."""
+
+import fcntl
+import itertools
+import json
+import os
+import platform
+import subprocess
+from argparse import Namespace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoints
+from checkpoints import load_checkpoint
+from data.store import Store
+from recipe import Schedule
+from utils import UserError, one_line, replacing, save_checkpoint, write_text
+
+ROOT = checkpoints.FOLDER.parent
+
+
+@dataclass
+class State:
+    """Where a run stands. step: optimiser steps since its start; epoch: epochs finished; step_in_epoch, loss_sum and
+    wrong: steps, and sums over the images, of the epoch under way."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0
+    wrong: float = 0.0
+
+
+@dataclass
+class Training:
+    """A run under way: what train.py puts together, works on and keeps in checkpoints."""
+
+    args: Namespace
+    store: Store
+    net: nn.Module  # with a `config`
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    kernels: str  # what kernels.accelerate chose
+    state: State = field(default_factory=State)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last partial batch is dropped."""
+        return self.store.counts["train"] // self.args.batch_size
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+def claim_folder(name: str) -> Path:
+    """Make the next free checkpoints/NAME-n; runs that start together get a folder each."""
+    for number in itertools.count(1):
+        folder = checkpoints.FOLDER / f"{name}-{number}"
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+class Busy(UserError):
+    """Another process has the folder."""
+
+
+@contextmanager
+def locked(folder: Path):
+    """Hold the folder. The lock ends with the process and the workers that it forked, however they end (after a
+    SIGKILL torch's workers notice within seconds)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another process is training in {folder}; wait for it, or choose another --out") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def run_folder(run: Training, device: torch.device, rank: int, world: int):
+    """Make --out or reopen it, write what is there before the first step, and keep other programs out while the run
+    goes on. Gives a warning or "". Only the first of `world` processes writes."""
+    out = run.args.out
+    if rank:
+        run.args.out = out or checkpoints.FOLDER / f"{run.store.name}-?"  # for messages
+        yield ""
+        return
+    made = out is None or not out.exists()
+    if out is None:
+        out = run.args.out = claim_folder(run.store.name)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        try:
+            if run.args.resume:
+                warning = reopen(run)
+            else:
+                warning = ""
+                write_config(run, {
+                    "store": portable(run.store.path), "fingerprint": run.store.fingerprint, "processes": world,
+                    "kernels": run.kernels, **environment(device),
+                })
+                save_last(run)  # so that --resume works from the first moment on
+        except UserError:  # a full disk: a new run leaves nothing behind
+            if not run.args.resume:
+                (out / "config.json").unlink(missing_ok=True)
+            if made:
+                out.rmdir()
+            raise
+        yield warning
+
+
+def reopen(run: Training) -> str:
+    """Cut the log back to the checkpoint: lines after it, and the line of a --max-steps stop in mid-epoch, are written
+    anew. Returns a warning where other kernels compute now than at the start."""
+    out = run.args.out
+    kept = [
+        entry for entry in read_log(out / "log.jsonl")
+        if 0 < entry.get("epoch", 0) <= run.state.epoch and entry["step"] == entry["epoch"] * run.steps_per_epoch
+    ]
+    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+    config = read_config(out)
+    write_config(run, config)
+    if config["kernels"] == run.kernels:
+        return ""
+    return f"this run had: {config['kernels']}; now: {run.kernels}. The sums are rounded otherwise"
+
+
+def read_config(out: Path) -> dict:
+    try:
+        config = json.loads((out / "config.json").read_text())
+        dict(config["arguments"]), config["fingerprint"], config["kernels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None
+    return config
+
+
+def write_config(run: Training, config: dict) -> None:
+    arguments = {k: v for k, v in vars(run.args).items() if k not in ("out", "resume", "max_steps")}
+    write_text(run.args.out / "config.json", json.dumps(config | {"arguments": arguments}, indent=1) + "\n")
+
+
+def portable(path: Path) -> str:
+    """A path to keep in files: relative to the repository where it is within it."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, hardware and commit, to keep with a result."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit, name = "", platform.processor() or platform.machine()
+    with suppress(OSError, subprocess.TimeoutExpired):
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        "threads": torch.get_num_threads(), "commit": commit or None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def store_mean(args: Namespace, store: Store) -> torch.Tensor:
+    """What is subtracted: the mean image (H, W, C), or with --mean channel its means (1, 1, C)."""
+    mean = torch.from_numpy(store.mean)
+    return mean.mean((0, 1), keepdim=True) if args.mean == "channel" else mean
+
+
+def checkpoint(run: Training) -> dict:
+    """What best.pt holds."""
+    return {
+        "model": run.net.state_dict(), "config": run.net.config, "classes": run.store.classes,
+        "wnids": run.store.wnids, "mean": store_mean(run.args, run.store), "store_size": run.store.size,
+        "resize": run.store.manifest["resize"], "image_size": run.net.config["image_size"], "epoch": run.state.epoch,
+        "step": run.state.step, "best": run.schedule.best, "dataset": run.store.name,
+        "store": portable(run.store.path),
+    }
+
+
+def save_best(run: Training) -> None:
+    save_checkpoint(run.args.out / "best.pt", checkpoint(run))
+
+
+def save_last(run: Training) -> None:
+    """last.pt has also what --resume needs."""
+    more = {
+        "optimizer": run.optimizer.state_dict(), "schedule": asdict(run.schedule), "state": asdict(run.state),
+    }
+    save_checkpoint(run.args.out / "last.pt", checkpoint(run) | more)
+
+
+def load_last(run: Training, device: torch.device) -> None:
+    """Take up the state of --out's last.pt."""
+    path = run.args.out / "last.pt"
+    last = load_checkpoint(path, device)
+    if not {"optimizer", "schedule", "state"} <= set(last):
+        raise UserError(f"{path} holds weights only and cannot be resumed; --init {path} starts a new run from them")
+    if run.net.config != last["config"]:
+        raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: it is of another net, {last['config']}")
+    try:
+        run.net.load_state_dict(last["model"])
+        run.optimizer.load_state_dict(last["optimizer"])
+        run.schedule, run.state = Schedule(**last["schedule"]), State(**last["state"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {one_line(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------------- log and curves
+
+
+def append_line(path: Path, entry: dict) -> None:
+    """Add one JSON line to a log and bring it to the disk."""
+    try:
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash, or a full disk, left half a line
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; one that a crash cut off is left out."""
+    entries = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, RecursionError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def plot_curves(log: list[dict], path: Path) -> None:
+    """Loss and top-1 error over epochs, training and validation, as a PNG; drops of the learning rate are marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [entry["epoch"] for entry in log]
+    drops = [b["epoch"] - 0.5 for a, b in zip(log, log[1:], strict=False) if b["lr"] < a["lr"]]
+    panels = (("loss", "train_loss", "val_loss"), ("top-1 error (%)", "train_top1_error", "val_top1_error"))
+    for axes, (label, train, val) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.plot(epochs, [entry[train] for entry in log], "o-", ms=3, label="training (with dropout)")
+        axes.plot(epochs, [entry[val] for entry in log], "s-", ms=3, label="validation")
+        for number, drop in enumerate(drops):
+            axes.axvline(drop, color="0.6", ls=":", label=None if number else "learning rate / 10")
+        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
