@@ -11,9 +11,6 @@ claims that the file covers is printed last. On small pictures the paper's effec
 seeds: the table says so.
 """
 
-import contextlib
-import io
-import json
 import math
 import statistics
 import time
@@ -21,19 +18,22 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import options
 import test
 import train
 import utils
-from data import UserError, sources
-from data.cli import Parser, run_script, whole
+from checkpoints.run import append_line, environment, read_log
+from data import sources
 from data.loader import Loader
 from data.pack import named_store
+from kernels import accelerate
 from recipe import make_optimizer
-from start import starting_net
-from studies.plateau import batches
+from studies.common import batches, interval, new_figure, results_file, save_figure, spread
+from train import starting_net
+from utils import Parser, UserError, pick_device, run_script, whole
 
-# What train.py is given in each cell beside data set, seed and epochs.
+# What train.py is given in each cell, apart from data set, seed and epochs.
 CELLS = {
     "base": [],
     "no-lrn": ["--no-lrn"],
@@ -55,19 +55,19 @@ CLAIMS = {
     "crops": ("base", "base", "1.5 / 1.3 (table 1 and its footnote: 39.0 / 18.3 and 37.5 / 17.0)"),
     "models": ("base", "base", "2.6 / 1.8 for five (table 2: 40.7 / 18.2 and 38.1 / 16.4)"),
 }
-# For figure 1 each activation has the rate that is fastest for it; the likeliest come first, since the others are
-# given up once they are slower.
-RATES = (0.001, 0.003, 0.0003, 0.01, 0.03)
+# For figure 1 each activation has the learning rate that is fastest for it; the likeliest come first, since the others
+# are given up once they are slower.
+LRS = (0.001, 0.003, 0.0003, 0.01, 0.03)
 TARGET = 25  # percent training error
 EVERY = 10  # steps that a training error of figure 1 is the mean of
 LONGEST = 1500  # steps
-T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided, by n
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    args.out = utils.results_file(args.out)
+    args.out = results_file(args.out)
     store = named_store(args.dataset)
+    utils.no_tf32()
     if "tanh" in args.claims:
         race(args, store)
     check_test_set(args)
@@ -93,14 +93,14 @@ def check_test_set(args) -> None:
 def lines(args, **wanted) -> list[dict]:
     """The lines of --out with these values for this data set and, but for figure 1's, this number of epochs."""
     wanted |= {"dataset": args.dataset} | ({} if wanted.get("cell") == "race" else {"epochs": args.epochs})
-    return [e for e in utils.read_log(args.out) if all(e.get(name) == value for name, value in wanted.items())]
+    return [e for e in read_log(args.out) if all(e.get(name) == value for name, value in wanted.items())]
 
 
 # ---------------------------------------------------------------------------------------------- cells
 
 
 def folder(args, cell: str, seed: int) -> Path:
-    return utils.CHECKPOINTS / "ablations" / f"{args.dataset}-{args.epochs or 'default'}" / f"{cell}-{seed}"
+    return checkpoints.FOLDER / "ablations" / f"{args.dataset}-{args.epochs or 'default'}" / f"{cell}-{seed}"
 
 
 def run_cell(args, cell: str, seed: int) -> int:
@@ -108,16 +108,16 @@ def run_cell(args, cell: str, seed: int) -> int:
     out = folder(args, cell, seed)
     epochs = ["--epochs", str(args.epochs)] if args.epochs else []
     anew = ["--dataset", args.dataset, "--seed", str(seed), "--out", str(out), *epochs, *CELLS[cell]]
-    machine = utils.environment(utils.pick_device("auto"))
+    machine = environment(pick_device("auto"))
     try:
         status = train.main(["--resume", "--out", str(out)] if (out / "last.pt").exists() else anew)
     except utils.Diverged as error:
         entry = {"dataset": args.dataset, "epochs": args.epochs, "cell": cell, "seed": seed, "diverged": str(error)}
-        utils.append_line(args.out, entry | machine)
+        append_line(args.out, entry | machine)
         return 0
     if status:
         return status
-    log = utils.read_log(out / "log.jsonl")
+    log = read_log(out / "log.jsonl")
     entry = {
         "dataset": args.dataset, "epochs": args.epochs, "cell": cell, "seed": seed, "options": CELLS[cell],
         "trained_epochs": len(log), "train_top1_error": log[-1]["train_top1_error"],
@@ -126,19 +126,16 @@ def run_cell(args, cell: str, seed: int) -> int:
     }
     if cell == "base":
         entry["ten-crop"] = errors(args, [out], ten_crop=True)
-    utils.append_line(args.out, entry | machine)
+    append_line(args.out, entry | machine)
     (out / "last.pt").unlink()  # best.pt stays, for the ensemble
     return 0
 
 
 def errors(args, runs: list[Path], ten_crop: bool) -> dict:
-    """test.py's top-1 and top-5 error of runs, an ensemble where there are several."""
-    arguments = [str(run / "best.pt") for run in runs] + ["--dataset", args.test_dataset or args.dataset, "--json"]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        test.main(arguments + ["--ten-crop"] * ten_crop)
-    result = json.loads(printed.getvalue())
-    return {name: result[name] for name in ("top1_error", "top5_error", "images", "data", "split")}
+    """Top-1 and top-5 error of runs' nets on the test pictures, an ensemble where there are several."""
+    store, paths = named_store(args.test_dataset or args.dataset), [run / "best.pt" for run in runs]
+    found = test.errors(paths, store, ten_crop=ten_crop, device=pick_device("auto"))
+    return {name: found[name] for name in ("top1_error", "top5_error", "images", "data", "split")}
 
 
 def run_ensemble(args) -> None:
@@ -150,7 +147,7 @@ def run_ensemble(args) -> None:
             return
         entry = {"dataset": args.dataset, "epochs": args.epochs, "cell": "ensemble", "models": args.seeds}
         entry["ten-crop"] = errors(args, runs, ten_crop=True)
-        utils.append_line(args.out, entry | utils.environment(utils.pick_device("auto")))
+        append_line(args.out, entry | environment(pick_device("auto")))
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -191,12 +188,6 @@ def measured(args, claim: str, before: str, after: str) -> tuple[list[float], li
     return without, with_idea
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds, with their number."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):.2f}%{deviation} (n = {len(values)})"
-
-
 def verdict(gains: list[float]) -> str:
     """What the seeds allow to be said: the mean with its 95% interval (Student's t, paired by seed), and whether that
     leaves out zero."""
@@ -207,25 +198,18 @@ def verdict(gains: list[float]) -> str:
     return f"{mean:+.2f} ± {half:.2f}: {said}"
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half the width of its 95% interval (Student's t), of three values or more."""
-    half = T95.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
-
-
 # ---------------------------------------------------------------------------------------------- figure 1
 
 
 def race(args, store) -> None:
     """ReLU and tanh to TARGET training error, with random crops but no other regularisation (paper, section 3.1): the
-    first seed at each of RATES, where a rate is given up once another was faster; the other seeds at the fastest."""
-    device = utils.pick_device("auto")
-    loader, machine = Loader(store, "train", device), utils.environment(device)
+    first seed at each of LRS, where one is given up once another was faster; the other seeds at the fastest."""
+    device = pick_device("auto")
+    loader, machine = Loader(store, "train", device), environment(device)
     for seed in range(args.seeds):
         for activation in ("relu", "tanh"):
-            rates = RATES if seed == 0 else [fastest(args, activation)[0]["lr"]]
-            for rate in rates:
-                cell = {"cell": "race", "activation": activation, "lr": rate, "seed": seed}
+            for lr in LRS if seed == 0 else [fastest(args, activation)[0]["lr"]]:
+                cell = {"cell": "race", "activation": activation, "lr": lr, "seed": seed}
                 if lines(args, **cell):
                     continue
                 before = [e["reached"] for e in lines(args, cell="race", activation=activation, seed=0) if e["reached"]]
@@ -234,7 +218,7 @@ def race(args, store) -> None:
                 found = errors_by_step(store, loader, device, cell, limit)
                 entry = {"dataset": args.dataset, "epochs": args.epochs, **cell, "errors": found, "limit": limit,
                          "reached": EVERY * len(found) if found and found[-1] < TARGET else None}
-                utils.append_line(args.out, entry | {"seconds": time.monotonic() - began} | machine)
+                append_line(args.out, entry | {"seconds": time.monotonic() - began} | machine)
     draw(args, args.out.with_suffix(".png"))
 
 
@@ -247,7 +231,8 @@ def errors_by_step(store, loader: Loader, device, cell: dict, limit: int) -> lis
         "--batch-size", "128",
     ])
     options.settle(run, store, device, world=1)
-    net = starting_net(run, store).to(device, memory_format=torch.channels_last)
+    net = starting_net(run, store, train.Watch(device)).to(device, memory_format=torch.channels_last)
+    accelerate(net)
     optimizer = make_optimizer(net, recipe=run.recipe, lr=run.lr, momentum=run.momentum, weight_decay=0.0)
     found, wrong = [], 0
     for step, (pictures, labels) in enumerate(batches(run, store, loader, device), 1):
@@ -262,12 +247,12 @@ def errors_by_step(store, loader: Loader, device, cell: dict, limit: int) -> lis
 
 
 def fastest(args, activation: str) -> list[dict]:
-    """The runs, one a seed, at the rate with which the first seed reached the target soonest."""
+    """The runs, one a seed, at the learning rate with which the first seed reached the target soonest."""
     first = lines(args, cell="race", activation=activation, seed=0)
     if not first:
         return []
-    rate = min(first, key=lambda e: e["reached"] or 10 * LONGEST)["lr"]
-    return lines(args, cell="race", activation=activation, lr=rate)
+    lr = min(first, key=lambda e: e["reached"] or 10 * LONGEST)["lr"]
+    return lines(args, cell="race", activation=activation, lr=lr)
 
 
 def race_report(args) -> list[str]:
@@ -278,9 +263,9 @@ def race_report(args) -> list[str]:
     for name, runs in best.items():
         steps = ", ".join(str(e["reached"] or f"over {e['limit']}") for e in runs)
         tried = sorted(e["lr"] for e in lines(args, cell="race", activation=name, seed=0))
-        tried = ", ".join(f"{rate:g}" for rate in tried)
+        tried = ", ".join(f"{lr:g}" for lr in tried)
         others = f"the fastest of {tried}" if ", " in tried else "the only one tried"
-        texts.append(f"{name} at rate {runs[0]['lr']:g}, {others}: {steps} steps")
+        texts.append(f"{name} at learning rate {runs[0]['lr']:g}, {others}: {steps} steps")
         means.append(statistics.mean(e["reached"] or math.nan for e in runs))
     text = f"{TARGET}% training error, no regularisation but random crops: {'; '.join(texts)}"
     if math.isnan(sum(means)):  # one of them never got there: no ratio
@@ -290,24 +275,20 @@ def race_report(args) -> list[str]:
 
 
 def draw(args, path: Path) -> None:
-    """Training error over steps, as in the paper's figure 1: ReLU solid, tanh dashed, each at its fastest rate."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Training error over steps, as in the paper's figure 1: ReLU solid, tanh dashed, each at its fastest learning
+    rate."""
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     for name, style in (("relu", "-"), ("tanh", "--")):
         for i, e in enumerate(fastest(args, name)):
             steps = [EVERY * (k + 1) for k in range(len(e["errors"]))]
-            axes.plot(steps, e["errors"], style, color="black", lw=1, label=None if i else f"{name}, rate {e['lr']:g}")
+            axes.plot(steps, e["errors"], style, color="black", lw=1, label=None if i else f"{name}, {e['lr']:g}")
     axes.axhline(TARGET, color="0.6", ls=":", lw=1)
     axes.set(xlabel="step (batches of 128)", ylabel="training error (%)", ylim=(0, 100), xlim=(0, None),
              title=f"ReLU against tanh, AlexNet at 64 px on {args.dataset}")
     axes.grid(alpha=0.3)
-    axes.legend()
-    with utils.replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    axes.legend(title="learning rate")
+    save_figure(figure, path)
 
 
 def make_parser() -> Parser:

@@ -3,13 +3,13 @@
     python -m studies.figures bias RUN              what each FReLU, SReLU or PReLU of a run learnt, over epochs
     python -m studies.figures bias CHECKPOINT       the same of a checkpoint, printed
     python -m studies.figures curves RUN RUN ...    training and validation error of several runs together
-    python -m studies.figures embedding             pictures as two units see them, ReLU beside FReLU
+    python -m studies.figures embedding             pictures as two units see them, for ReLU and for FReLU
 
 RUN is a run's folder. The embedding trains the FReLU study's net for it by the recipe of the authors' code: pixels
-minus 127.5, divided by 128; batches of 128, momentum 0.9, weight decay 5e-4, a rate of 0.01, divided by 10 before
-epochs 40 and 62 of 78, or the same fractions of --epochs. (Theirs takes pictures of 28 pixels, all 60,000 of them, and
-lets b decay; here they have 32, 5,000 are for validation, and b does not decay.) It goes on where it was stopped. A
-unit that gives the same for all pictures is dead, and is reported; another --seed may do better.
+minus 127.5, divided by 128; batches of 128, momentum 0.9, weight decay 5e-4, a learning rate of 0.01, divided by 10
+before epochs 40 and 62 of 78, or the same fractions of --epochs. (Theirs takes pictures of 28 pixels, all 60,000 of
+them, and lets b decay; here they have 32, 5,000 are for validation, and b does not decay.) It goes on where it was
+stopped. A unit that gives the same for all pictures is dead, and is reported; another --seed may do better.
 """
 
 import json
@@ -19,20 +19,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import utils
-from data import UserError, sources
-from data.cli import Parser, run_script, shown, whole
+import checkpoints
+from checkpoints import build_net, load_checkpoint
+from checkpoints.run import Busy, locked, read_log
+from data import sources
 from data.loader import Loader
-from data.pack import named_store
 from data.store import Store
 from model import ACTIVATIONS, activation, activation_parameters
-from run import Busy, locked
-from studies.frelu import Inputs, falling_rates, fit, parameter_groups, start
-from studies.networks import SIDE, build
-from train import Signals
+from studies import loop
+from studies.common import new_figure, save_figure
+from studies.networks import build
+from train import Watch
+from utils import Diverged, Parser, UserError, one_line, pick_device, run_script, shown, whole
 
 EPOCHS = 78  # of the embedding
-DROPS = (39, 61)  # epochs of 78 after which the rate falls
+DROPS = (39, 61)  # epochs of 78 after which the learning rate falls
 LEGEND = 20  # layers or classes that are told apart by a legend; more by a scale of colours
 
 
@@ -66,20 +67,21 @@ def bias(args) -> int:
 
 
 def learnt_in(path: Path) -> dict[str, float]:
-    """What the activations of a checkpoint have learnt, by layer."""
-    checkpoint = utils.load_checkpoint(path)
-    config = checkpoint["config"]
-    if "network" not in config:
-        return values_of(utils.build_net(checkpoint, path))
+    """What the activations of a checkpoint of train.py or of the study have learnt, by layer."""
+    checkpoint = loop.read_checkpoint(path)
+    if checkpoint is None:
+        return learnt_by(build_net(load_checkpoint(path), path))
     try:
+        config = checkpoint["config"]
         net = build(config["network"], config["num_classes"], config["activation"])
         net.load_state_dict(checkpoint["model"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: the weights do not fit the net: {utils.one_line(error)}") from None
-    return values_of(net)
+        raise UserError(f"{path}: the weights do not fit the net: {one_line(error)}") from None
+    return learnt_by(net)
 
 
-def values_of(net: torch.nn.Module) -> dict[str, float]:
+def learnt_by(net: torch.nn.Module) -> dict[str, float]:
+    """The value that each FReLU, SReLU and PReLU has learnt."""
     return {name: parameter.item() for name, parameter in activation_parameters(net).items()}
 
 
@@ -95,8 +97,9 @@ def draw_bias(out: Path, path: Path, epochs: list[int], values: dict[str, list[f
     """A line a layer, from where it started, but for runs that took over weights."""
     given = arguments(path)
     name = str(given.get("activation", ""))
-    began = list(values_of(activation(name)).values()) if name in ACTIVATIONS and not given.get("init") else []
-    figure, axes = new_figure(8, 4)
+    began = list(learnt_by(activation(name)).values()) if name in ACTIVATIONS and not given.get("init") else []
+    figure = new_figure(8, 4)
+    axes = figure.subplots()
     for (layer, found), colour in zip(values.items(), colours("viridis", len(values)), strict=True):
         axes.plot([0] * bool(began) + epochs, began + found, ".-", lw=1.2, color=colour, label=layer)
     if name != "prelu":
@@ -104,7 +107,7 @@ def draw_bias(out: Path, path: Path, epochs: list[int], values: dict[str, list[f
     axes.set(xlabel="epoch", title=f"{label_of(path)}: what each {name} learnt",
              ylabel="slope below 0" if name == "prelu" else "b (should settle below 0)")
     if len(values) <= LEGEND:
-        beside(axes)
+        legend_at_right(axes)
     else:
         scale_of_colours(figure, axes, "viridis", len(values), "activation, from the first to the last")
     finish(figure, axes, out)
@@ -116,7 +119,8 @@ def draw_bias(out: Path, path: Path, epochs: list[int], values: dict[str, list[f
 def curves(args) -> int:
     """Draw training and validation error of runs together."""
     runs = {Path(name): read_run(Path(name)) for name in args.runs}
-    figure, axes = new_figure(8, max(4.5, 0.2 * len(runs)))
+    figure = new_figure(8, max(4.5, 0.2 * len(runs)))
+    axes = figure.subplots()
     for (path, log), colour in zip(runs.items(), colours("turbo", len(runs)), strict=True):
         epochs = [entry["epoch"] for entry in log]
         axes.plot(epochs, [entry["train_top1_error"] for entry in log], ".--", lw=1, ms=3, color=colour)
@@ -125,7 +129,7 @@ def curves(args) -> int:
     axes.plot([], [], "o-", color="0.4", lw=1.5, ms=3, label="validation")
     axes.plot([], [], ".--", color="0.4", lw=1, ms=3, label="training (dropout, random crops)")
     axes.set(xlabel="epoch", ylabel="top-1 error (%)", xlim=(0, None), ylim=(0, None))
-    beside(axes)
+    legend_at_right(axes)
     out = args.out or next(iter(runs)) / "together.png"
     finish(figure, axes, out)
     print(f"drawn: {shown(out)}")
@@ -151,44 +155,37 @@ def embedding(args) -> int:
     out = args.out
     if out.exists() and not out.is_file():
         raise UserError(f"{out} is no regular file; name another --out")
-    store, device = named_store(args.dataset, size=SIDE), utils.pick_device(args.device)
-    utils.settle_arithmetic()
+    store, device = loop.small_store(args.dataset), pick_device(args.device)
     found = {}
     for act in dict.fromkeys(args.activations):
-        folder = utils.CHECKPOINTS / "embedding" / f"{args.dataset}-{args.epochs}" / f"{act}-{args.seed}"
+        folder = checkpoints.FOLDER / "embedding" / f"{args.dataset}-{args.epochs}" / f"{act}-{args.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(folder), Signals() as signals:
-                net = train_embedding(args, store, folder, act, device, signals)
+            with locked(folder), Watch(device) as watch:
+                run = loop.start(
+                    folder, store, device, "two-units", act, plain_momentum, seed=args.seed, inputs=inputs_for(device),
+                    lrs=loop.learning_rates(0.01, args.epochs, DROPS, EPOCHS),
+                )
+                loop.fit(run, watch)
         except Busy:
             raise UserError(f"another process is training {shown(folder)}; wait for it") from None
-        except utils.Diverged as error:
+        except Diverged as error:
             raise UserError(f"{act} diverged: {error}. Another --seed may do better") from None
-        if net is None or signals.received:
-            return 128 + signals.received
-        found[act] = embed(net, store, device)
-        print(f"{act}: {report(act, net, *found[act])}")
+        if watch.received:
+            return 128 + watch.received
+        found[act] = embed(run.net, store, device)
+        print(f"{act}: {report(act, run.net, *found[act])}")
     draw_embedding(out, found, store)
     print(f"drawn: {shown(out)}")
     return 0
 
 
-def train_embedding(args, store: Store, folder: Path, act: str, device, signals: Signals) -> torch.nn.Module | None:
-    """The trained net; None where a signal came first."""
-    run = start(store, folder, "two-units", device, plain_momentum, [
-        "--seed", str(args.seed), "--epochs", str(args.epochs), "--activation", act, "--lr", "0.01",
-        "--weight-decay", "5e-4", "--no-mirror",
-    ])
-    rates = falling_rates(run.args.lr, args.epochs, DROPS, EPOCHS)
-    return run.net if fit(run, Loader(store, "train", device), inputs_for(device), rates, signals) else None
-
-
 def plain_momentum(net: torch.nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(parameter_groups(net), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    return torch.optim.SGD(loop.parameter_groups(net), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
-def inputs_for(device: torch.device) -> Inputs:
-    return Inputs(np.full((1, 1, 1), 127.5), 128, device)
+def inputs_for(device: torch.device) -> loop.Inputs:
+    return loop.Inputs(127.5, 128, device)
 
 
 @torch.no_grad()
@@ -196,10 +193,9 @@ def embed(net: torch.nn.Module, store: Store, device: torch.device) -> tuple[np.
     """Of the test pictures: the two units (n, 2), the labels (n,), and the top-1 error in percent."""
     net.eval()
     loader, inputs = Loader(store, "test", device), inputs_for(device)
-    batches = np.array_split(np.arange(len(loader)), max(1, len(loader) // 250))
     units, labels, wrong = [], [], 0
-    for images, truth in loader.batches(batches):
-        units.append(net.embed(inputs.center(images)))
+    for images, truth in loader.in_order(250):
+        units.append(net.embed(inputs(images)))
         labels.append(truth)
         wrong += (net.fc(units[-1]).argmax(1) != truth).sum().item()
     return torch.cat(units).cpu().numpy(), torch.cat(labels).cpu().numpy(), 100 * wrong / len(loader)
@@ -209,7 +205,7 @@ def report(act: str, net: torch.nn.Module, units: np.ndarray, labels: np.ndarray
     dead = dead_units(units)
     said = [f"test error {error:.2f}%", f"{len(dead) or 'no'} dead unit{'s' * (len(dead) != 1)}"]
     said += [f"unit {number + 1} gives {units[0, number]:.3f} for all {len(units):,} pictures" for number in dead]
-    said += [f"{'slope' if act == 'prelu' else 'b'} {value:.3f}" for value in values_of(net).values()]
+    said += [f"{'slope' if act == 'prelu' else 'b'} {value:.3f}" for value in learnt_by(net).values()]
     return ", ".join(said)
 
 
@@ -220,8 +216,8 @@ def dead_units(units: np.ndarray) -> list[int]:
 
 def draw_embedding(out: Path, found: dict, store: Store) -> None:
     """A panel for each activation, a colour for each class."""
-    figure, panels = new_figure(4 * len(found) + 1.5, 4.2, len(found))
-    panels, count = np.atleast_1d(panels), len(store.classes)
+    figure, count = new_figure(4 * len(found) + 1.5, 4.2), len(store.classes)
+    panels = np.atleast_1d(figure.subplots(1, len(found)))
     for axes, (act, (units, labels, error)) in zip(panels, found.items(), strict=True):
         for label, (name, colour) in enumerate(zip(store.classes, colours("turbo", count), strict=True)):
             mine = units[labels == label]
@@ -234,7 +230,7 @@ def draw_embedding(out: Path, found: dict, store: Store) -> None:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", markerscale=6, fontsize=8)
     else:
         scale_of_colours(figure, panels[-1], "turbo", count, "class")
-    save(figure, out)
+    save_figure(figure, out)
 
 
 # ---------------------------------------------------------------------------------------------- shared
@@ -244,7 +240,7 @@ def read_run(path: Path) -> list[dict]:
     """The log of a run's folder."""
     if not path.is_dir():
         raise UserError(f"{path}: no such run; give the folder that holds its log.jsonl")
-    log = utils.read_log(path / "log.jsonl")
+    log = read_log(path / "log.jsonl")
     if not log:
         raise UserError(f"{path} holds no log.jsonl with a finished epoch")
     learnt = [entry.get("activations", {}) for entry in log]
@@ -262,16 +258,6 @@ def arguments(path: Path) -> dict:
         return dict(json.loads((path / "config.json").read_text())["arguments"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def new_figure(width: float, height: float, panels: int = 1):
-    """A figure, in inches, and its panels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, panels)
 
 
 def colours(name: str, count: int) -> list:
@@ -296,7 +282,7 @@ def scale_of_colours(figure, axes, name: str, count: int, label: str) -> None:
     figure.colorbar(ScalarMappable(Normalize(1, count), colormap(name)), ax=axes).set_label(label)
 
 
-def beside(axes) -> None:
+def legend_at_right(axes) -> None:
     """The legend, to the right of the panel."""
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
@@ -304,13 +290,7 @@ def beside(axes) -> None:
 def finish(figure, axes, out: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    save(figure, out)
-
-
-def save(figure, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with utils.replacing(out) as file:
-        figure.savefig(file, format="png", dpi=100)
+    save_figure(figure, out)
 
 
 def make_parser() -> Parser:

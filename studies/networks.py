@@ -43,7 +43,7 @@ def build(network: str, num_classes: int = 10, act: str = "relu") -> nn.Module:
 
 
 def init_weights(net: nn.Module) -> None:
-    """Convolutions normal, deviation sqrt(2 / (outputs x window)) (He et al. 2015, by what goes out); biases 0; dense
+    """Convolutions normal, std sqrt(2 / (outputs x window)) (He et al. 2015, by what goes out); biases 0; dense
     weights stay torch's own, uniform within 1 / sqrt(inputs)."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):

@@ -7,7 +7,8 @@
 A loss of ln(classes), 2.303 for ten classes, means that nothing has been learnt. A cell is one value of each of the
 five choices; the first value of each is train.py's. Each finished run is a line in --out, and runs that stand there
 are not run again, so the study can be stopped at any time (another --out starts over). A table of the file's runs
-on this data set and of this length is printed last, and their curves are drawn beside it, under its name with .png.
+on this data set and of this length is printed last, and their curves are drawn in the same folder, under the file's
+name with .png.
 """
 
 import itertools
@@ -19,24 +20,23 @@ import torch
 from torch import nn
 
 import options
-import train
 import utils
-from data import UserError, sources
-from data.augment import epoch_tables
-from data.cli import Parser, number, run_script, whole
+from checkpoints.run import append_line, environment, read_log
+from data import sources
 from data.loader import Loader
 from data.pack import named_store
-from data.progress import Progress
+from kernels import accelerate
 from recipe import make_optimizer
-from run import training_inputs
-from start import starting_net
+from studies.common import batches, new_figure, results_file, save_figure
+from train import Watch, starting_net, train_step
+from utils import Parser, Progress, UserError, number, pick_device, run_script, whole
 
 # Every choice's values, train.py's first.
 CHOICES = {
     "pixels": ("0-255", "divided"),  # with the mean subtracted; divided by their standard deviation
     "dropout": ("paper", "inverted"),  # model.Dropout; torch.nn.Dropout in the same places
-    "init": ("2012", "paper", "pytorch", "kaiming", "louder"),  # louder: paper, conv1 times the pixels' deviation
-    "bias_rate": (2, 1),  # times the weights' rate
+    "init": ("2012", "paper", "pytorch", "kaiming", "louder"),  # louder: paper, conv1 times the pixels' std
+    "bias_rate": (2, 1),  # learning rate, times the weights'
     "bias_decay": ("no", "yes"),
 }
 KEY = ("dataset", "steps", "stop_below", "seed", *CHOICES)
@@ -47,11 +47,11 @@ LEFT = 0.9  # the plateau is left when that mean falls below this part of ln(cla
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
-    device, out = utils.pick_device(args.device), utils.results_file(args.out)
+    device, out = pick_device(args.device), results_file(args.out)
     store = named_store(args.dataset)
-    loader, machine = Loader(store, "train", device), utils.environment(device)
+    loader, machine = Loader(store, "train", device), environment(device)
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
-    before = utils.read_log(out)
+    before = read_log(out)
     if any(set(KEY) - set(entry) for entry in before):
         raise UserError(f"{out} holds lines of another kind; name another --out")
     done = {tuple(entry[k] for k in KEY) for entry in before}
@@ -63,9 +63,9 @@ def main(argv=None) -> int:
             options.settle(run, store, device, world=1)
             losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
             entry |= summary(losses, len(store.classes)) | {"outputs": outputs, "seconds": time.monotonic() - began}
-            utils.append_line(out, entry | machine)
+            append_line(out, entry | machine)
     alike = (args.dataset, args.steps, args.stop_below)
-    entries = [e for e in utils.read_log(out) if (e["dataset"], e["steps"], e["stop_below"]) == alike]
+    entries = [e for e in read_log(out) if (e["dataset"], e["steps"], e["stop_below"]) == alike]
     print(table(entries))
     draw(entries, out.with_suffix(".png"))
     return 0
@@ -79,15 +79,16 @@ def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: fl
     cell's choices, and layer_outputs of the first batch. Ends early where the mean of the last WINDOW steps
     falls below stop_below, or a loss is not finite."""
     net = build(args, store, cell).to(device, memory_format=torch.channels_last)
+    accelerate(net)
     optimizer = optimizer_of(net, args, cell)
-    scale = deviation(store) if cell["pixels"] == "divided" else 1.0
+    scale = pixel_std(store) if cell["pixels"] == "divided" else 1.0
     losses, outputs = [], {}
     with Progress(f"seed {args.seed} {' '.join(map(str, cell.values()))}", args.max_steps, "steps") as progress:
         for pictures, labels in batches(args, store, loader, device):
             if not losses:
                 outputs = layer_outputs(net, pictures / scale)
                 utils.seed_all(args.seed, 1, 0)  # the first step's own masks
-            loss, _ = train.train_step(net, optimizer, pictures / scale, labels, args.precision)
+            loss, _ = train_step(net, optimizer, pictures / scale, labels, args.precision)
             losses.append(loss.item())
             progress.update(1, f"loss {losses[-1]:.3f}")
             low = len(losses) >= WINDOW and sum(losses[-WINDOW:]) < stop_below * WINDOW
@@ -96,36 +97,21 @@ def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: fl
     return losses, outputs
 
 
-def batches(args, store, loader: Loader, device):
-    """The inputs (n, 3, S, S) and labels (n,) of train.py's first --max-steps steps, torch's generator at each step's
-    own seed."""
-    inputs = training_inputs(args, store, device)
-    step, an_epoch, batch = 0, len(loader) // args.batch_size, args.batch_size
-    margin = store.size - args.image_size
-    while step < args.max_steps:
-        tables = epoch_tables(args.seed, step // an_epoch, len(loader), margin, args.crop_runs, args.mirror)
-        plan = [tables.order[s * batch :][:batch] for s in range(min(an_epoch, args.max_steps - step))]
-        for samples, (crops, labels) in zip(plan, loader.batches(plan, tables, args.image_size), strict=True):
-            step += 1
-            utils.seed_all(args.seed, step, 0)
-            yield inputs.train(crops, tables.colour[samples]), labels
-
-
 def build(args, store, cell: dict) -> nn.Module:
     """train.py's net with the cell's dropout and initialisation."""
-    net = starting_net(args, store)
+    net = starting_net(args, store, Watch(torch.device("cpu")))
     if cell["dropout"] == "inverted":
         net.drop6, net.drop7 = nn.Dropout(0.5), nn.Dropout(0.5)
     utils.seed_all(args.seed)  # as for train.py's own initialisation
     if cell["init"] in ("2012", "paper", "louder"):
         net.init_weights("2012" if cell["init"] == "2012" else "paper")
         if cell["init"] == "louder":  # makes up for divided pixels: the same outputs of conv1 as without the division
-            net.conv1.weight.data.mul_(deviation(store))
+            net.conv1.weight.data.mul_(pixel_std(store))
         return net
     for layer in net.children():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.reset_parameters()  # PyTorch's default: uniform, deviation 1 / sqrt(3 fan_in), biases too
-            if cell["init"] == "kaiming":  # He et al. 2015: deviation sqrt(2 / fan_in), biases 0
+            layer.reset_parameters()  # PyTorch's default: uniform, std 1 / sqrt(3 fan_in), biases too
+            if cell["init"] == "kaiming":  # He et al. 2015: std sqrt(2 / fan_in), biases 0
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
     return net
@@ -142,7 +128,7 @@ def optimizer_of(net: nn.Module, args, cell: dict):
     return optimizer
 
 
-def deviation(store) -> float:
+def pixel_std(store) -> float:
     """The standard deviation of the training pixels about their channel's mean, over all channels: the PCA's
     eigenvalues sum up to the channels' variances."""
     return math.sqrt(sum(store.manifest["pca"]["eigenvalues"]) / 3)
@@ -151,8 +137,8 @@ def deviation(store) -> float:
 @torch.no_grad()
 def layer_outputs(net: nn.Module, pictures) -> dict[str, list[float]]:
     """Of each layer's linear output in training: mean, standard deviation, and how much of that is due to the
-    picture (the deviation over pictures of one unit, root mean square over units; in fc7 and fc8 the pictures' dropout
-    masks have their part in it)."""
+    picture (the standard deviation over pictures of one unit, root mean square over units; in fc7 and fc8 the
+    pictures' dropout masks have their part in it)."""
     found = {}
 
     def note(name):
@@ -223,13 +209,9 @@ def mean_loss(runs: list[dict], step: int) -> str:
 def draw(entries: list[dict], path: Path) -> None:
     """The loss over steps, a panel for each choice of pixels and dropout; and when the plateau is left, over how much
     of fc6's output at the start is due to the picture. A colour for each initialisation, a line or mark a run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 7)
     panels = figure.subplot_mosaic("ABE;CDE", width_ratios=(1, 1, 1.3))
-    names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / deviation",
+    names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / std",
              "paper": "the paper's dropout", "inverted": "inverted dropout"}
     for letter, (pixels, dropout) in zip("ABCD", itertools.product(CHOICES["pixels"], CHOICES["dropout"]), strict=True):
         axes = panels[letter]
@@ -242,8 +224,7 @@ def draw(entries: list[dict], path: Path) -> None:
     draw_signal(panels["E"], entries)
     for axes in panels.values():
         axes.grid(alpha=0.3)
-    with utils.replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    save_figure(figure, path)
 
 
 def draw_losses(axes, runs: list[dict]) -> None:
@@ -270,7 +251,7 @@ def draw_signal(axes, entries: list[dict]) -> None:
     axes.axhline(limit, color="0.4", ls=":", lw=1)
     axes.set(xscale="log", yscale="log", ylim=(0.8 * diverged, 1.25 * stayed))
     axes.set(ylabel="step at which the plateau is left",
-             xlabel="fc6 at the start: deviation over pictures of a unit's output",
+             xlabel="fc6 at the start: standard deviation over pictures of a unit's output",
              title="circles: the paper's dropout, triangles: inverted\nhollow: not left, cross: diverged")
     for init, name in enumerate(CHOICES["init"]):
         axes.plot([], [], "s", color=f"C{init}", label=name)
@@ -285,7 +266,7 @@ def make_parser() -> Parser:
                             type=type(values[0]), help=f"one or more (default: {values[0]})")
     parser.add_argument("--seeds", type=whole(1), default=10, help="how many (default: %(default)s)")
     parser.add_argument("--steps", type=whole(WINDOW), default=200, help="of each run (default: %(default)s)")
-    parser.add_argument("--stop-below", type=number(0, None, True), default=0.0, metavar="LOSS",
+    parser.add_argument("--stop-below", type=number(0, including=True), default=0.0, metavar="LOSS",
                         help=f"end a run when its loss, the mean of {WINDOW} steps, is lower (default: never)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--out", default="results/plateau.jsonl", help="default: %(default)s")

@@ -1,20 +1,21 @@
 """model.py's activations: the formulas in float64, exact gradients, what is kept for them; how train.py treats what
 they learn."""
 
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_same_state, load, numbers, resume, run
 from torch import nn
 
+import checkpoints
 import model
 import train
-import utils
 from kernels import FastFReLU, FastSReLU, accelerate
 from model import AlexNet, FReLU, SReLU, activation, activation_parameters
 from recipe import make_optimizer
-from run import Run, watch_activations
 from studies import networks
+from train import Watch, watch_activations
 
 FORMULAS = {"frelu": lambda x, b: F.relu(x) + b, "srelu": lambda x, b: torch.where(x > b, x, b)}
 LAYERS = {"frelu": (FReLU, FastFReLU), "srelu": (SReLU, FastSReLU)}
@@ -241,7 +242,7 @@ def test_a_run_logs_what_is_learnt_and_resumes(store, tmp_path):
     assert log[0]["activations"] != log[1]["activations"]
     weights = load(tmp_path / "whole" / "last.pt")["model"]
     assert log[1]["activations"] == {f"act{i}": weights[f"act{i}.bias"].item() for i in range(1, 8)}
-    assert utils.load_model(tmp_path / "whole" / "best.pt")[0].config["activation"] == "frelu"
+    assert checkpoints.load_model(tmp_path / "whole" / "best.pt")[0].config["activation"] == "frelu"
 
 
 def test_relus_log_nothing(run_folder):
@@ -254,23 +255,23 @@ def test_a_b_that_turns_positive_is_warned_of_once(name, warnings, capsys):
     net = networks.build("smallnet", 10, name)
     for layer, value in (("act2", 0.5), ("act3", 0.0)):
         nn.init.constant_(activation_parameters(net)[layer], value)
-    going = Run(None, None, None, 0, 1, net, None, None, None)
+    watch = Watch(torch.device("cpu"))
     for _ in range(2):
-        values = watch_activations(going)
+        values = watch_activations(net, watch)
         assert (values["act2"], values["act3"], values["act4"]) == (0.5, 0, 0.25 if name == "prelu" else -1)
     said = capsys.readouterr().err
     assert said.count("b has turned positive in act2 (0.500). That harms") == warnings
     assert said.count("warning") == warnings
     nn.init.constant_(activation_parameters(net)["act4"], 2.0)
-    watch_activations(going)
+    watch_activations(net, watch)
     assert ("act4 (2.000)" in capsys.readouterr().err) == bool(warnings)
 
 
 def test_train_py_watches(store, tmp_path, capsys, monkeypatch):
     real = train.starting_net
 
-    def shifted(args, store):
-        net = real(args, store)
+    def shifted(*args):
+        net = real(*args)
         nn.init.constant_(net.act2.bias, 0.5)
         return net
 

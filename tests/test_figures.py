@@ -7,14 +7,15 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_state, run
+from helpers import assert_same_study_run, run
 from PIL import Image
 
-import train
-import utils
-from data import UserError
-from studies import figures, frelu
+import checkpoints
+from checkpoints.run import read_log
+from data.augment import epoch_tables
+from studies import figures, frelu, loop
 from studies.networks import build
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,11 @@ def runs(store, small_pictures, tmp_path_factory):
     """Two epochs of train.py with FReLU, one with PReLU, and two of the study's SmallNet with SReLU."""
     home = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "CHECKPOINTS", home)
-        patch.setattr(frelu, "named_store", lambda name, size: small_pictures)
+        patch.setattr(checkpoints, "FOLDER", home)
+        patch.setattr(loop, "small_store", lambda name: small_pictures)
+        patch.setattr(loop, "BATCH", 32)
         for act, epochs in (("frelu", "2"), ("prelu", "1")):
-            run(store, home / act, "--activation", act, "--epochs", epochs, "--lr", "0.001")
+            run(store, home / act, "--activation", act, "--epochs", epochs, "--lr", "0.001", batch=96)
         frelu.main(["--dataset", "sample", "--networks", "smallnet", "--activations", "srelu", "--seeds", "1",
                     "--epochs", "2", "--out", str(home / "x.jsonl")])
         (home / "frelu/sample-2/smallnet-srelu-0").rename(home / "srelu")
@@ -35,8 +37,8 @@ def runs(store, small_pictures, tmp_path_factory):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
-    kept, real = [], figures.save
-    monkeypatch.setattr(figures, "save", lambda figure, out: (kept.append(figure), real(figure, out)))
+    kept, real = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, out: (kept.append(figure), real(figure, out)))
     return kept
 
 
@@ -48,7 +50,7 @@ def lines_of(axes) -> dict[str, list[tuple[float, float]]]:
 def test_bias_of_a_run(runs, act, drawn, capsys):
     """A line a layer, from its start over the epochs of log.jsonl; the last values printed."""
     assert figures.main(["bias", str(runs / act)]) == 0
-    log = utils.read_log(runs / act / "log.jsonl")
+    log = read_log(runs / act / "log.jsonl")
     start = 0.25 if act == "prelu" else -1
     (axes,) = [a for a in drawn[0].axes if a.get_lines()]
     found = lines_of(axes)
@@ -89,7 +91,7 @@ def test_curves_of_several_runs(runs, drawn, capsys):
     (axes,) = drawn[0].axes
     found = lines_of(axes)
     for name in ("frelu", "srelu"):
-        log = utils.read_log(runs / name / "log.jsonl")
+        log = read_log(runs / name / "log.jsonl")
         assert found[name] == [(e["epoch"], e["val_top1_error"]) for e in log]
         train = [(e["epoch"], e["train_top1_error"]) for e in log]
         assert any(list(zip(*line.get_data(), strict=True)) == train for line in axes.get_lines())
@@ -115,8 +117,9 @@ def test_a_runs_name_is_drawn_as_it_is(runs, tmp_path, drawn, name):
 
 
 def embed(home, small_pictures, monkeypatch, *more):
-    monkeypatch.setattr(utils, "CHECKPOINTS", home / "checkpoints")
-    monkeypatch.setattr(figures, "named_store", lambda name, size: small_pictures)
+    monkeypatch.setattr(checkpoints, "FOLDER", home / "checkpoints")
+    monkeypatch.setattr(loop, "small_store", lambda name: small_pictures)
+    monkeypatch.setattr(loop, "BATCH", 32)
     arguments = ["embedding", "--dataset", "sample", "--epochs", "1", "--out", str(home / "e.png"), *more]
     return figures.main(arguments)
 
@@ -142,14 +145,14 @@ def test_embedding(small_pictures, tmp_path, monkeypatch, drawn, capsys):
         assert act in axes.get_xlabel()
         assert act in axes.get_ylabel()
     assert len(drawn[0].legends[0].get_texts()) == 4
-    monkeypatch.setattr("train.train_step", None)
+    monkeypatch.setattr(loop, "train_step", None)
     assert embed(tmp_path, small_pictures, monkeypatch) == 0
 
 
 def test_the_embedding_trains_by_its_recipe_and_goes_on(small_pictures, tmp_path, monkeypatch):
-    """Whole pictures, never mirrored, on their own scale; the rate of each step; stopped in mid-epoch it ends as the
-    unbroken one."""
-    seen, real = [], train.train_step
+    """Whole pictures, never mirrored, on their own scale; the learning rate of each step; stopped in mid-epoch it ends
+    as the unbroken one."""
+    seen, real = [], loop.train_step
 
     def looking(net, optimizer, pictures, *rest):
         seen.append((pictures.clone(), optimizer.param_groups[0]["lr"]))
@@ -157,13 +160,13 @@ def test_the_embedding_trains_by_its_recipe_and_goes_on(small_pictures, tmp_path
             os.kill(os.getpid(), signal.SIGTERM)
         return real(net, optimizer, pictures, *rest)
 
-    monkeypatch.setattr(train, "train_step", looking)
+    monkeypatch.setattr(loop, "train_step", looking)
     given = ("--activations", "frelu", "--epochs", "3")
     stop_at = None
     assert embed(tmp_path / "whole", small_pictures, monkeypatch, *given) == 0
     assert [lr for _, lr in seen] == [0.01] * 4 + [0.01 / 10] * 2
-    images, _ = small_pictures.split("train").read(np.arange(300))
-    first = images[train.epoch_tables(0, 0, 300, 0).order[:128]]
+    images, _ = small_pictures.split("train").read(np.arange(80))
+    first = images[epoch_tables(0, 0, 80, 0).order[:32]]
     expected = (torch.from_numpy(first).permute(0, 3, 1, 2).float() - 127.5) / 128
     torch.testing.assert_close(seen[0][0], expected)
     seen.clear()
@@ -171,22 +174,22 @@ def test_the_embedding_trains_by_its_recipe_and_goes_on(small_pictures, tmp_path
     assert embed(tmp_path / "parts", small_pictures, monkeypatch, *given) == 143
     assert embed(tmp_path / "parts", small_pictures, monkeypatch, *given) == 0
     with monkeypatch.context() as patch:  # a signal while the last epoch is validated: no second net
-        patch.setattr(train, "measure", lambda *a, real=train.measure: os.kill(os.getpid(), signal.SIGINT) or real(*a))
+        patch.setattr(loop, "validate", lambda *a, real=loop.validate: os.kill(os.getpid(), signal.SIGINT) or real(*a))
         assert embed(tmp_path / "third", small_pictures, patch, "--activations", "elu", "relu") == 130
     assert [f.name for f in (tmp_path / "third/checkpoints/embedding/sample-1").iterdir()] == ["elu-0"]
     folders = [tmp_path / part / "checkpoints/embedding/sample-3/frelu-0" for part in ("whole", "parts")]
-    assert_same_state(*folders)
+    assert_same_study_run(*folders)
 
 
 def test_an_embedding_that_diverges_says_what_to_do(small_pictures, tmp_path, monkeypatch):
-    real = figures.start
+    real = loop.start
 
-    def breaking(*args):
-        run = real(*args)
+    def breaking(*args, **how):
+        run = real(*args, **how)
         run.net.fc.bias.data[0] = float("nan")
         return run
 
-    monkeypatch.setattr(figures, "start", breaking)
+    monkeypatch.setattr(loop, "start", breaking)
     with pytest.raises(UserError, match=r"relu diverged: .* Another --seed may do better"):
         embed(tmp_path, small_pictures, monkeypatch)
 
@@ -197,14 +200,14 @@ def test_many_classes_and_many_runs_keep_colours_of_their_own():
 
 
 def test_dead_units_are_reported(small_pictures, tmp_path, monkeypatch, drawn, capsys):
-    real = figures.start
+    real = loop.start
 
-    def killing(*args):
-        run = real(*args)
+    def killing(*args, **how):
+        run = real(*args, **how)
         run.net.units.bias.data[1] = -1e6
         return run
 
-    monkeypatch.setattr(figures, "start", killing)
+    monkeypatch.setattr(loop, "start", killing)
     assert embed(tmp_path, small_pictures, monkeypatch, "--activations", "frelu") == 0
     printed = capsys.readouterr().out
     assert "1 dead unit, unit 2 gives -" in printed
@@ -215,9 +218,10 @@ def test_dead_units_are_reported(small_pictures, tmp_path, monkeypatch, drawn, c
 
 
 def test_the_embeddings_recipe():
-    """Of 78 epochs the rate is divided by 10 from epoch 40 and from epoch 62 on; no Nesterov; b does not decay."""
-    rates = frelu.falling_rates(0.01, 78, figures.DROPS, figures.EPOCHS)
-    assert rates == [0.01] * 39 + [0.01 / 10] * 22 + [0.01 / 100] * 17
+    """Of 78 epochs the learning rate is divided by 10 from epoch 40 and from epoch 62 on; no Nesterov; b does not
+    decay."""
+    lrs = loop.learning_rates(0.01, 78, figures.DROPS, figures.EPOCHS)
+    assert lrs == [0.01] * 39 + [0.01 / 10] * 22 + [0.01 / 100] * 17
     optimizer = figures.plain_momentum(build("two-units", 10, "frelu"))
     assert [(g["nesterov"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [
         (False, 0.9, 5e-4), (False, 0.9, 0.0)
@@ -231,7 +235,7 @@ def test_the_embeddings_recipe():
     (["bias", "{home}/relu/best.pt"], "its activations learn nothing"),
     (["bias", "{home}/torn.pt"], "is damaged|no checkpoint"),
     (["bias", "{home}/other.pt"], "the weights do not fit the net"),
-    (["bias", "{home}/odd"], "is no log of a run"),
+    (["bias", "{home}/other"], "is no log of a run"),
     (["curves", "{home}/none"], "no such run"),
     (["curves"], "RUN"),
     (["curves", "{home}/torn.pt"], "no such run"),
@@ -252,8 +256,8 @@ def test_bad_input_is_one_line(runs, run_folder, tmp_path, arguments, message):
     (tmp_path / "numbers" / "log.jsonl").write_text(
         '{"epoch": 1, "train_top1_error": 1, "val_top1_error": 2, "activations": ["x"]}\n5\n\x00\xff\n', "latin-1"
     )
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "log.jsonl").write_text('{"cell": 1}\n')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.jsonl").write_text('{"cell": 1}\n')
     foreign = torch.load(runs / "srelu" / "last.pt", weights_only=True)
     torch.save(foreign | {"config": foreign["config"] | {"network": "nin"}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=message):

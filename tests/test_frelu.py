@@ -1,4 +1,4 @@
-"""studies/frelu.py: the study's recipe, runs that stop and go on, the table."""
+"""studies/frelu.py and studies/loop.py: the study's recipe, runs that stop and go on, the table."""
 
 import json
 import os
@@ -9,23 +9,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_source
-from helpers import assert_same_state
+from helpers import assert_same_study_run
 
+import checkpoints
 import train
-import utils
-from data import UserError, pack
-from run import locked
-from studies import frelu
+from checkpoints.run import locked, read_log
+from data import pack
+from data.augment import epoch_tables
+from studies import frelu, loop
 from studies.networks import build
+from utils import UserError
 
 ARGUMENTS = ["--dataset", "sample", "--networks", "smallnet-bn", "--activations", "frelu", "--seeds", "1"]
+BATCH = loop.BATCH
 
 
 @pytest.fixture
 def home(small_pictures, tmp_path, monkeypatch):
-    """Where runs and results land."""
-    monkeypatch.setattr(frelu, "named_store", lambda name, size: small_pictures)
-    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path / "checkpoints")
+    """Where runs and results land. Batches are of 32 pictures there, two an epoch."""
+    monkeypatch.setattr(loop, "small_store", lambda name: small_pictures)
+    monkeypatch.setattr(loop, "BATCH", 32)
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path / "checkpoints")
     return tmp_path
 
 
@@ -34,12 +38,12 @@ def study(home, *more) -> int:
 
 
 def results(home) -> list[dict]:
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in utils.read_log(home / "x.jsonl")]
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in read_log(home / "x.jsonl")]
 
 
 def interrupt(monkeypatch, step: int, how) -> None:
     """Have something happen after so many steps."""
-    real, taken = train.train_step, []
+    real, taken = loop.train_step, []
 
     def counting(*args):
         taken.append(1)
@@ -47,16 +51,31 @@ def interrupt(monkeypatch, step: int, how) -> None:
             how()
         return real(*args)
 
-    monkeypatch.setattr(train, "train_step", counting)
+    monkeypatch.setattr(loop, "train_step", counting)
 
 
-def test_the_rate_falls_where_the_study_says():
+def test_the_study_packs_its_own_store(tmp_path, monkeypatch):
+    """At data/stores/NAME-32, once; one of another size in that place is refused."""
+    monkeypatch.setattr(pack, "STORES", tmp_path)
+    source, packed = small_source(counts=(9, 4, 4)), []
+    monkeypatch.setattr("data.sources.find", lambda name: packed.append(name) or source)
+    for _ in range(2):
+        store = loop.small_store("sample")
+        assert (store.path, store.size) == (tmp_path / "sample-32", 32)
+    assert packed == ["sample"]
+    pack.pack(source, tmp_path / "cifar10-32", size=40)
+    with pytest.raises(UserError, match="has pictures of 40 pixels, not of 32; remove it"):
+        loop.small_store("cifar10")
+
+
+def test_the_learning_rate_falls_where_the_study_says():
     """Divided by 10 from epoch 81 and again from epoch 122 on, of 164 counted from 1; at the same fractions of more or
     fewer."""
-    assert frelu.falling_rates(0.1, 164) == [0.1] * 80 + [0.1 / 10] * 41 + [0.1 / 100] * 43
-    assert frelu.falling_rates(1, 6) == [1, 1, 1, 0.1, 0.1, 0.01]
-    assert frelu.falling_rates(1, 1) == [1]
-    assert [frelu.first_rate(n) for n in ("smallnet", "smallnet-bn", "nin", "resnet20")] == [0.01, 0.1, 0.1, 0.1]
+    of_study = (frelu.DROPS, frelu.EPOCHS)
+    assert loop.learning_rates(0.1, 164, *of_study) == [0.1] * 80 + [0.1 / 10] * 41 + [0.1 / 100] * 43
+    assert loop.learning_rates(1, 6, *of_study) == [1, 1, 1, 0.1, 0.1, 0.01]
+    assert loop.learning_rates(1, 1, *of_study) == [1]
+    assert [frelu.first_lr(n) for n in ("smallnet", "smallnet-bn", "nin", "resnet20")] == [0.01, 0.1, 0.1, 0.1]
 
 
 def test_the_update_is_nesterovs_written_out():
@@ -85,25 +104,24 @@ def test_the_update_is_nesterovs_written_out():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_inputs_are_normalised_colour_by_colour(channels, tmp_path):
-    """Mean 0 and deviation 1 over the training pixels of each colour, against numpy."""
+    """Mean 0 and standard deviation 1 over the training pixels of each colour, against numpy."""
     source = small_source(shape=(32, 32, 3)[: 2 + (channels == 3)], counts=(150, 5, 5))
     store = pack.pack(source, tmp_path / "s", size=32)
     pixels = source.splits["train"].pictures.reshape(150, 32, 32, channels).astype(float)
     expected = (pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
-    inputs = frelu.Inputs(*frelu.moments(store), torch.device("cpu"))
     images, _ = store.split("train").read(np.arange(150))
-    found = inputs.center(torch.from_numpy(images))
+    found = loop.Inputs(*frelu.moments(store), "cpu")(torch.from_numpy(images))
     assert found.shape == (150, 3, 32, 32)
     for c in range(3):
         np.testing.assert_allclose(found[:, c].numpy(), expected[..., c % channels], atol=1e-4)
-    torch.testing.assert_close(inputs.train(torch.from_numpy(images), np.zeros((150, 3))), found)
 
 
 def test_a_run_that_was_stopped_or_killed_is_the_unbroken_one(home, monkeypatch, capsys):
-    """SIGTERM in the midst of the second of three epochs; then a death without any notice in the third."""
+    """SIGTERM in the midst of the second of three epochs; then a death without any notice in the third, after the
+    checkpoint of every few minutes was written there."""
     assert study(home, "--epochs", "3") == 0
     whole, log = home / "checkpoints" / "frelu" / "sample-3" / "smallnet-bn-frelu-0", results(home)
-    monkeypatch.setattr(utils, "CHECKPOINTS", home / "again")
+    monkeypatch.setattr(checkpoints, "FOLDER", home / "again")
     (home / "x.jsonl").unlink()
     with monkeypatch.context() as patch:
         interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -111,29 +129,29 @@ def test_a_run_that_was_stopped_or_killed_is_the_unbroken_one(home, monkeypatch,
     assert results(home) == []
     with monkeypatch.context() as patch:
         interrupt(patch, 3, raise_interrupt)
+        patch.setattr(loop, "LOOK_EVERY", 1)
+        patch.setattr(loop, "SAVE_SECONDS", 0)
         with pytest.raises(KeyboardInterrupt):
             study(home, "--epochs", "3")
-    assert study(home, "--epochs", "3") == 0
     parts = home / "again" / "frelu" / "sample-3" / "smallnet-bn-frelu-0"
-    assert_same_state(whole, parts)
+    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 5
+    assert study(home, "--epochs", "3") == 0
+    assert_same_study_run(whole, parts)
     assert results(home) == log
-    timings = ("images_per_second", "stall", "seconds")
-    lines = [[{k: v for k, v in e.items() if k not in timings} for e in utils.read_log(f / "log.jsonl")]
-             for f in (whole, parts)]
-    assert lines[0] == lines[1]
-    assert [entry["lr"] for entry in lines[0]] == [0.1, 0.1, 0.1 / 10]
-    assert [entry["epoch"] for entry in lines[0]] == [1, 2, 3]
+    lines = read_log(whole / "log.jsonl")
+    assert [entry["lr"] for entry in lines] == [0.1, 0.1, 0.1 / 10]
+    assert [entry["epoch"] for entry in lines] == [1, 2, 3]
     capsys.readouterr()
     interrupt(monkeypatch, 1, raise_interrupt)
     assert study(home, "--epochs", "3") == 0  # trains nothing
     assert f"| smallnet-bn | **{log[0]['test_top1_error']:.2f}% (n = 1)** | - |" in capsys.readouterr().out
 
 
-def test_each_step_is_taken_at_its_rate(home, monkeypatch):
-    """What the optimiser has at each step of three epochs: the weights' rate, and a tenth of it for b."""
-    seen, real = [], train.train_step
+def test_each_step_is_taken_at_its_learning_rate(home, monkeypatch):
+    """What the optimiser has at each step of three epochs: the weights' learning rate, and a tenth of it for b."""
+    seen, real = [], loop.train_step
     monkeypatch.setattr(
-        train, "train_step", lambda *a: seen.append(tuple(g["lr"] for g in a[1].param_groups)) or real(*a)
+        loop, "train_step", lambda *a: seen.append(tuple(g["lr"] for g in a[1].param_groups)) or real(*a)
     )
     assert study(home, "--epochs", "3") == 0
     rates = [0.1, 0.1, 0.1, 0.1, 0.1 / 10, 0.1 / 10]  # two steps an epoch
@@ -142,15 +160,15 @@ def test_each_step_is_taken_at_its_rate(home, monkeypatch):
 
 
 def test_a_signal_between_two_epochs_is_heard(home, monkeypatch, capsys):
-    """Also one that arrives while the epoch is validated."""
-    real = train.measure
-    monkeypatch.setattr(train, "measure", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or real(*a))
-    assert study(home, "--epochs", "3") == 143
+    """Also one that arrives while the epoch is validated. SIGINT is Ctrl-C."""
+    real, number = loop.validate, signal.SIGTERM
+    monkeypatch.setattr(loop, "validate", lambda *a: os.kill(os.getpid(), number) or real(*a))
+    assert study(home, "--epochs", "2") == 143
     assert capsys.readouterr().out.count("epoch ") == 1
     assert results(home) == []
-    assert study(home, "--epochs", "3") == 143
-    assert study(home, "--epochs", "3") == 143  # after the last epoch, before the test
-    assert study(home, "--epochs", "3") == 0
+    number = signal.SIGINT
+    assert study(home, "--epochs", "2") == 130  # after the last epoch, before the test
+    assert study(home, "--epochs", "2") == 0
     assert len(results(home)) == 1
 
 
@@ -169,9 +187,9 @@ def test_a_line_says_what_it_is_and_its_error_is_the_nets(home, small_pictures):
     net = build("smallnet-bn", 4, "frelu")
     net.load_state_dict(last["model"])
     images, labels = small_pictures.split("test").read(np.arange(30))
-    inputs = frelu.Inputs(*frelu.moments(small_pictures), torch.device("cpu"))
+    inputs = loop.Inputs(*frelu.moments(small_pictures), "cpu")
     with torch.no_grad():
-        logits = net.eval()(inputs.center(torch.from_numpy(images)))
+        logits = net.eval()(inputs(torch.from_numpy(images)))
     wrong = (logits.argmax(1).numpy() != labels).sum()
     assert (line["test_top1_error"], line["test_images"]) == (pytest.approx(100 * wrong / 30), 30)
     assert line["activations"] == {name: getattr(net, name).bias.item() for name in ("act1", "act2", "act3", "act4")}
@@ -182,38 +200,41 @@ def test_a_line_says_what_it_is_and_its_error_is_the_nets(home, small_pictures):
 def test_crops_come_out_of_a_frame(home, small_pictures, monkeypatch):
     """The first batch's pictures are those of the tables, cut out of framed pictures; half of them mirrored."""
     seen = []
-    monkeypatch.setattr(train, "train_step", lambda net, opt, pictures, *a: seen.append(pictures.clone()) or 1 / 0)
+    monkeypatch.setattr(loop, "train_step", lambda net, opt, pictures, *a: seen.append(pictures.clone()) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         study(home, "--epochs", "1")
-    images, _ = small_pictures.split("train").read(np.arange(300))
-    framed = np.empty((300, 40, 40, 3), np.uint8)
+    images, _ = small_pictures.split("train").read(np.arange(80))
+    framed = np.empty((80, 40, 40, 3), np.uint8)
     framed[:] = small_pictures.mean.mean((0, 1)).round()
     framed[:, 4:36, 4:36] = images
-    tables = train.epoch_tables(0, 0, 300, 8)
+    tables = epoch_tables(0, 0, 80, 8)
     cut = []
-    for i in tables.order[:128]:
+    for i in tables.order[:32]:
         top, left = tables.offsets[i]
         crop = framed[i, top : top + 32, left : left + 32]
         cut.append(crop[:, ::-1] if tables.mirror[i] else crop)
-    expected = frelu.Inputs(*frelu.moments(small_pictures), torch.device("cpu")).center(torch.from_numpy(np.stack(cut)))
+    expected = loop.Inputs(*frelu.moments(small_pictures), "cpu")(torch.from_numpy(np.stack(cut)))
     torch.testing.assert_close(seen[0], expected)
-    assert 40 < tables.mirror[tables.order[:128]].sum() < 90
+    assert 10 < tables.mirror[tables.order[:32]].sum() < 22
 
 
 def test_a_run_that_diverges_is_noted_and_the_grid_goes_on(home, monkeypatch, capsys):
     """Whether the loss or a weight is no longer finite first."""
-    real = frelu.build
+    real = loop.build
 
     def broken(network, classes, act):
         net = real(network, classes, act)
+
+        def ruin(_gradient):
+            net.norm1.running_var.fill_(float("inf"))
+
         if act == "srelu":
-            net.fc5.bias.data[0] = float("nan")
+            net.fc5.register_forward_hook(lambda layer, inputs, output: output * float("nan"))
         elif act == "elu":
-            net.norm1.running_var[0] = float("inf")
+            net.norm1.weight.register_hook(ruin)
         return net
 
-    monkeypatch.setattr(frelu, "build", broken)
-    monkeypatch.setattr("run.save_last", lambda run: None)  # of the start: there nothing is wrong but in this test
+    monkeypatch.setattr(loop, "build", broken)
     assert study(home, "--activations", "srelu", "elu", "relu", "--epochs", "1") == 0
     assert [(e["activation"], e.get("diverged"), "test_top1_error" in e) for e in results(home)] == [
         ("srelu", 2, False), ("elu", 2, False), ("relu", None, True)
@@ -222,19 +243,20 @@ def test_a_run_that_diverges_is_noted_and_the_grid_goes_on(home, monkeypatch, ca
 
 
 def test_config_json_describes_the_study(home):
-    """Not train.py's AlexNet; test.py says what such a checkpoint is."""
+    """Not train.py's AlexNet; train.py and test.py refuse such a checkpoint."""
     assert study(home, "--epochs", "1") == 0
     folder = home / "checkpoints/frelu/sample-1/smallnet-bn-frelu-0"
     given = json.loads((folder / "config.json").read_text())["arguments"]
     wanted = {"network": "smallnet-bn", "activation": "frelu", "bias_rate": 0.1, "nesterov": True, "frame": 4,
-              "lr": 0.1, "weight_decay": 1e-4, "batch_size": 128, "epochs": 1}
+              "lr": 0.1, "weight_decay": 1e-4, "batch_size": loop.BATCH, "epochs": 1}
+    assert BATCH == 128
     assert {name: given.get(name) for name in wanted} == wanted
     assert not {"lrn", "columns", "recipe", "patience"} & set(given)
-    with pytest.raises(UserError, match=r"is no AlexNet but a smallnet-bn of studies/networks\.py"):
-        utils.load_model(folder / "last.pt")
-    with pytest.raises(UserError, match="is a run of studies"):
+    with pytest.raises(UserError, match="is no checkpoint of this project"):
+        checkpoints.load_model(folder / "last.pt")
+    with pytest.raises(UserError, match="the run cannot be resumed"):
         train.main(["--resume", "--out", str(folder)])
-    with pytest.raises(UserError, match="is no AlexNet but a smallnet-bn"):
+    with pytest.raises(UserError, match="is no checkpoint of this project"):
         train.main(["--dataset", "sample", "--init", str(folder / "last.pt")])
 
 
@@ -349,7 +371,7 @@ def test_what_cannot_go_on_can_be_begun_anew(home):
     folder, foreign = (home / f"checkpoints/frelu/sample-1/smallnet-bn-{act}-0" for act in ("frelu", "relu"))
     (home / "x.jsonl").unlink()
     whole = (folder / "last.pt").read_bytes()
-    damaged = torch.load(folder / "last.pt", weights_only=True) | {"schedule": {}}
+    damaged = torch.load(folder / "last.pt", weights_only=True) | {"optimizer": {}}
     torch.save(damaged, folder / "bad.pt")
     for content in (whole[:1000], (foreign / "last.pt").read_bytes(), (folder / "bad.pt").read_bytes()):
         (folder / "last.pt").write_bytes(content)

@@ -7,30 +7,31 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import options
 import train
-import utils
-from data import UserError
-from studies import ablations, plateau
+from checkpoints.run import read_log
+from studies import ablations, common, plateau
+from utils import Diverged, UserError
 
 
 def test_plateau_trains_as_train_py_does(store, tmp_path, monkeypatch, capsys):
     """The mean of an epoch's losses is the one in the log of a run with the same seed; finished seeds are kept."""
     monkeypatch.setattr(plateau, "named_store", lambda name: store)
     monkeypatch.setattr(plateau, "WINDOW", 2)
-    monkeypatch.setattr("options.DEFAULTS", {"epochs": 90, "batch_size": 16, "patience": 5})
+    monkeypatch.setattr("options.DEFAULTS", {"epochs": 90, "batch_size": 32, "patience": 5})
     seen = []
     real = plateau.first_losses
     monkeypatch.setattr(plateau, "first_losses", lambda *a: seen.append(real(*a)) or seen[-1])
-    arguments = ["--steps", "6", "--out", str(tmp_path / "x.jsonl"), "--dataset", "sample"]
+    arguments = ["--steps", "3", "--out", str(tmp_path / "x.jsonl"), "--dataset", "sample"]
     monkeypatch.setattr(plateau, "EVERY", 1)
     plateau.main(["--seeds", "1", *arguments])
     plateau.main(["--seeds", "2", *arguments])
     assert len(seen) == 2
-    train.main(["--data", str(store.path), "--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "16"])
-    (entry,) = utils.read_log(tmp_path / "run" / "log.jsonl")
+    train.main(["--data", str(store.path), "--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "32"])
+    (entry,) = read_log(tmp_path / "run" / "log.jsonl")
     assert entry["train_loss"] == pytest.approx(np.mean(seen[0][0]), rel=1e-5)
-    lines = utils.read_log(tmp_path / "x.jsonl")
+    lines = read_log(tmp_path / "x.jsonl")
     assert [line["seed"] for line in lines] == [0, 1]
     assert lines[0]["losses"] == pytest.approx(seen[0][0], abs=1e-4)
     assert re.search(r"\| 0-255 \| paper \| 2012 \| 2x \| no \| [\d.]+ \| -, - \|", capsys.readouterr().out)
@@ -45,14 +46,14 @@ def test_plateau_refuses_a_log_of_another_kind(store, tmp_path, monkeypatch):
 
 
 def test_plateau_cells_are_what_they_say(store):
-    """Dropout, initialisation, bias rate and decay of a cell end up in its net and its optimiser; the deviation is
-    that of the pixels."""
+    """Dropout, initialisation, the biases' learning rate and decay of a cell end up in its net and its optimiser;
+    pixel_std is the standard deviation of the pixels."""
     args = options.make_parser().parse_args(["--data", str(store.path), "--batch-size", "16"])
     options.settle(args, store, torch.device("cpu"), world=1)
     default = {name: values[0] for name, values in plateau.CHOICES.items()}
-    deviations = {"2012": (0.01, 0.01), "paper": (0.01, 0.01), "pytorch": ((3 * 363) ** -0.5, 0.01),
-                  "kaiming": ((2 / 363) ** 0.5, (2 / 4096) ** 0.5), "louder": (0.01 * plateau.deviation(store), 0.01)}
-    for init, (conv1, fc7) in deviations.items():
+    stds = {"2012": (0.01, 0.01), "paper": (0.01, 0.01), "pytorch": ((3 * 363) ** -0.5, 0.01),
+            "kaiming": ((2 / 363) ** 0.5, (2 / 4096) ** 0.5), "louder": (0.01 * plateau.pixel_std(store), 0.01)}
+    for init, (conv1, fc7) in stds.items():
         net = plateau.build(args, store, default | {"init": init, "dropout": "inverted"})
         assert net.conv1.weight.std().item() == pytest.approx(conv1, rel=0.05)
         if init != "pytorch":
@@ -67,7 +68,7 @@ def test_plateau_cells_are_what_they_say(store):
     pixels, _ = store.split("train").read(np.arange(store.counts["train"]))
     pixels = pixels.astype(float)
     about_mean = pixels - pixels.mean((0, 1, 2))
-    assert plateau.deviation(store) == pytest.approx(about_mean.std(), rel=1e-6)
+    assert plateau.pixel_std(store) == pytest.approx(about_mean.std(), rel=1e-6)
 
 
 def test_plateau_summary_says_when_the_loss_left():
@@ -83,9 +84,8 @@ def test_plateau_summary_says_when_the_loss_left():
 def test_ablations_stop_resume_and_reckon(store, tmp_path, monkeypatch, capsys):
     """A cell that was stopped goes on; finished ones are not run again; gains are without minus with, seed by seed."""
     monkeypatch.setattr("train.open_store", lambda *a: (store, ""))
-    monkeypatch.setattr("test.open_store", lambda *a: store)
     monkeypatch.setattr(ablations, "named_store", lambda name: store)
-    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
     monkeypatch.setattr("options.SAMPLE_DEFAULTS", {"epochs": 1, "batch_size": 32, "patience": 5})
     monkeypatch.setattr(store, "name", "sample")
     out = tmp_path / "results" / "x.jsonl"
@@ -107,7 +107,7 @@ def test_ablations_stop_resume_and_reckon(store, tmp_path, monkeypatch, capsys):
     runs = len(stopped)
     assert ablations.main(arguments) == 0
     assert len(stopped) == runs == 5
-    lines = utils.read_log(out)
+    lines = read_log(out)
     assert [(e["cell"], e.get("seed")) for e in lines] == [
         ("base", 0), ("no-lrn", 0), ("base", 1), ("no-lrn", 1), ("ensemble", None)
     ]
@@ -115,7 +115,7 @@ def test_ablations_stop_resume_and_reckon(store, tmp_path, monkeypatch, capsys):
         lines[0]["center"]["top1_error"], lines[2]["center"]["top1_error"]]
     gains = ", ".join(f"{a - b:+.2f}" for a, b in zip(without, with_idea, strict=True))
     printed = capsys.readouterr().out
-    row = ["lrn", ablations.CLAIMS["lrn"][2], ablations.spread(without), ablations.spread(with_idea), gains]
+    row = ["lrn", ablations.CLAIMS["lrn"][2], common.spread(without), common.spread(with_idea), gains]
     assert f"| {' | '.join(row)} | too few seeds |" in printed
     assert "| dropout | no figure: 'substantial overfitting' without (section 4.2) | not measured yet |" in printed
     assert not list(tmp_path.rglob("last.pt"))
@@ -125,15 +125,15 @@ def test_ablations_stop_resume_and_reckon(store, tmp_path, monkeypatch, capsys):
 
 def test_ablations_note_a_run_that_diverged(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "named_store", lambda name: store)
-    monkeypatch.setattr(utils, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
 
     def diverge(argv):
-        raise utils.Diverged("the loss is no longer finite at step 7")
+        raise Diverged("the loss is no longer finite at step 7")
 
     monkeypatch.setattr(train, "main", diverge)
     assert ablations.main(["lrn", "--seeds", "1", "--dataset", "sample", "--out", str(tmp_path / "x.jsonl")]) == 0
     assert ablations.main(["lrn", "--seeds", "1", "--dataset", "sample", "--out", str(tmp_path / "x.jsonl")]) == 0
-    assert [e["cell"] for e in utils.read_log(tmp_path / "x.jsonl")] == ["no-lrn", "base"]
+    assert [e["cell"] for e in read_log(tmp_path / "x.jsonl")] == ["no-lrn", "base"]
     assert "diverged: no-lrn with seed 0, base with seed 0" in capsys.readouterr().out
 
 
@@ -147,36 +147,36 @@ def test_ablations_verdict_is_a_paired_interval():
 
 
 def test_ablations_race_of_relu_and_tanh(store, tmp_path, monkeypatch, capsys):
-    """Training error by steps at each rate, the fastest rate chosen, drawn."""
+    """Training error by steps at each learning rate, the fastest one chosen, drawn."""
     monkeypatch.setattr(ablations, "named_store", lambda name: store)
-    for name, value in (("LONGEST", 8), ("EVERY", 2), ("RATES", (0.01, 0.001)), ("TARGET", 0)):
+    for name, value in (("LONGEST", 4), ("EVERY", 2), ("LRS", (0.01, 0.001)), ("TARGET", 0)):
         monkeypatch.setattr(ablations, name, value)
-    real = ablations.options.make_parser
-    monkeypatch.setattr(ablations.options, "make_parser", lambda: Small(real()))
+    real = options.make_parser
+    monkeypatch.setattr(options, "make_parser", lambda: Small(real()))
     nets, decays = [], []
     build, make = ablations.starting_net, ablations.make_optimizer
     monkeypatch.setattr(ablations, "starting_net", lambda *a: nets.append((a[0], build(*a))) or nets[-1][1])
     monkeypatch.setattr(ablations, "make_optimizer", lambda *a, **k: decays.append(k["weight_decay"]) or make(*a, **k))
     out = tmp_path / "x.jsonl"
     ablations.main(["tanh", "--seeds", "1", "--dataset", "sample", "--out", str(out)])
-    lines = utils.read_log(out)
+    lines = read_log(out)
     assert [(e["activation"], e["lr"]) for e in lines] == [
         ("relu", 0.01), ("relu", 0.001), ("tanh", 0.01), ("tanh", 0.001)
     ]
-    assert all(len(e["errors"]) == 4 and e["reached"] is None for e in lines)
+    assert all(len(e["errors"]) == 2 and e["reached"] is None for e in lines)
     assert [net.config["activation"] for _, net in nets] == ["relu"] * 2 + ["tanh"] * 2
     assert all((net.config["dropout"], a.mirror, a.colour) == (0, False, "off") for a, net in nets)
     assert decays == [0.0] * 4
     printed = capsys.readouterr().out
-    assert "random crops: relu at rate 0.01, the fastest of 0.001, 0.01: over 8 steps; tanh at rate" in printed
+    assert "random crops: relu at learning rate 0.01, the fastest of 0.001, 0.01: over 4 steps; tanh at" in printed
     assert "times as fast" not in printed
     monkeypatch.setattr(ablations, "TARGET", 101)  # reached at the first look; other rates get no more steps
     ablations.main(["tanh", "--seeds", "2", "--dataset", "sample", "--out", str(tmp_path / "y.jsonl")])
-    lines = utils.read_log(tmp_path / "y.jsonl")
-    assert [(e["seed"], e["reached"], e["limit"]) for e in lines[:2]] == [(0, 2, 8), (0, 2, 2)]
+    lines = read_log(tmp_path / "y.jsonl")
+    assert [(e["seed"], e["reached"], e["limit"]) for e in lines[:2]] == [(0, 2, 4), (0, 2, 2)]
     assert [(e["activation"], e["lr"]) for e in lines[4:]] == [("relu", 0.01), ("tanh", 0.01)]  # seed 1: the fastest
     printed = capsys.readouterr().out
-    assert "the fastest of 0.001, 0.01: 2, 2 steps; tanh at rate 0.01" in printed
+    assert "the fastest of 0.001, 0.01: 2, 2 steps; tanh at learning rate 0.01" in printed
     assert "2, 2 steps: ReLU is 1.0 times as fast" in printed
     assert out.with_suffix(".png").stat().st_size > 5_000
 

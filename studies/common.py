@@ -1,0 +1,74 @@
+"""What the studies share: files of results, means with their spread, train.py's first batches, figures."""
+
+import os
+import statistics
+from pathlib import Path
+
+import utils
+from data.augment import epoch_tables
+from data.loader import Loader
+from train import training_inputs
+from utils import UserError
+
+T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided, by n
+
+
+def results_file(name: str) -> Path:
+    """A file of results to append lines to; its folder is made. Raises UserError where it could not be written, or
+    holds something else than lines of JSON."""
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file; name another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written; name another --out")
+    if path.exists():
+        with open(path, "rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise UserError(f"{path} holds no lines of results; name another --out")
+    return path
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation of percentages over seeds, with their number."""
+    std = f" ± {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.2f}%{std} (n = {len(values)})"
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean and half the width of its 95% interval (Student's t), of three values or more."""
+    half = T95.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half
+
+
+def batches(args, store, loader: Loader, device):
+    """The inputs (n, 3, S, S) and labels (n,) of train.py's first --max-steps steps with these arguments
+    (options.make_parser's, settled), torch's generator at each step's own seed."""
+    inputs = training_inputs(args, store, device)
+    step, steps_per_epoch, batch = 0, len(loader) // args.batch_size, args.batch_size
+    margin = store.size - args.image_size
+    while step < args.max_steps:
+        epoch, left = step // steps_per_epoch, args.max_steps - step
+        tables = epoch_tables(args.seed, epoch, len(loader), margin, args.crop_runs, args.mirror)
+        plan = [tables.order[s * batch :][:batch] for s in range(min(steps_per_epoch, left))]
+        for samples, (crops, labels) in zip(plan, loader.batches(plan, tables, args.image_size), strict=True):
+            step += 1
+            utils.seed_all(args.seed, step, 0)
+            yield inputs.train(crops, tables.colour[samples]), labels
+
+
+def new_figure(width: float, height: float):
+    """An empty figure, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a PNG; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with utils.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
