@@ -1,6 +1,5 @@
 """Small data sets and stores that several test files use."""
 
-import os
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import train
 from data import pack
 from data.sources import Source, Split
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # each of pytest-xdist's processes has a core, and so have the scripts that tests start
 
 
 def pictures(count: int, shape: tuple, seed: int = 0) -> np.ndarray:
@@ -38,8 +37,8 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_pictures(tmp_path_factory):
-    """A store of 32 x 32 for the activation study: 4 classes, 300 training, 21 validation, 30 test pictures."""
-    return pack.pack(small_source(counts=(300, 21, 30)), tmp_path_factory.mktemp("stores") / "small-32", size=32)
+    """A store of 32 x 32 for the activation study: 4 classes, 80 training, 21 validation, 30 test pictures."""
+    return pack.pack(small_source(counts=(80, 21, 30)), tmp_path_factory.mktemp("stores") / "small-32", size=32)
 
 
 @pytest.fixture(scope="session")
