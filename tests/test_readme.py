@@ -1,4 +1,5 @@
-"""README's commands: those that can run do, the others are parsed by the script that they call."""
+"""The guides: commands that can run do, the others are parsed by the script that they call; python blocks run; links
+lead somewhere. Guides are README.md, REPRODUCTION.md and each folder's README.md."""
 
 import importlib
 import re
@@ -10,13 +11,12 @@ import h5py
 import pytest
 from PIL import Image
 
+import checkpoints
 import test
 import train
-import utils
 from data import pack, sources
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text()
 SETUP = "pip install -r requirements.txt && "
 PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
@@ -25,18 +25,27 @@ PARSERS = {
     "benchmarks.loader": "benchmarks.loader", "benchmarks.pack": "benchmarks.pack",
     "checkpoints.convert": "checkpoints.convert",
 }
+PATHS = [ROOT / "README.md", ROOT / "REPRODUCTION.md"]
+PATHS += sorted([*ROOT.glob("[!.]*/README.md"), *ROOT.glob("results/*/README.md")])
+GUIDES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
+README, REPRODUCTION = GUIDES["README.md"], GUIDES["REPRODUCTION.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-REPRODUCTION = (ROOT / "REPRODUCTION.md").read_text()
-GUIDES = [ROOT / "REPRODUCTION.md", *ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")]
+def fenced(text: str, language: str) -> list[str]:
+    return [block for found, block in FENCE.findall(text) if found == language]
 
 
-def fenced(language: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [text for found, text in blocks if found == language]
+def commands(text: str) -> list[str]:
+    """What a guide tells to run: the lines of its bash blocks, indented lines, `python ...` in running text."""
+    lines = [line for block in fenced(text, "bash") for line in block.splitlines()]
+    lines += [line.strip() for line in re.findall(r"^    (?:python|torchrun) .*$", text, re.MULTILINE)]
+    lines += re.findall(r"`((?:python (?:-m )?[\w.]+|torchrun) [^`]*)`", FENCE.sub("", text))
+    synopsis = re.compile(r"\[-|SOURCE|STORE|FILE |\\$")
+    return [" ".join(line.split()) for line in lines if not synopsis.search(line) and not line.startswith("python3")]
 
 
-COMMANDS = [line for block in fenced("bash") for line in block.splitlines()]
+COMMANDS = list(dict.fromkeys(line for text in GUIDES.values() for line in commands(text)))
 
 
 def script_and_arguments(line: str) -> tuple[str, list[str]]:
@@ -50,27 +59,35 @@ def script_and_arguments(line: str) -> tuple[str, list[str]]:
     return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
 
 
-def test_the_two_commands_of_the_setup():
-    assert COMMANDS[:2] == [SETUP + "python train.py", SETUP + "python -m pytest"]
+def test_readme_is_the_first_minute():
+    """At most 200 lines, a picture and figures on the first screen, the two commands word for word."""
+    assert len(README.splitlines()) <= 200
+    assert fenced(README, "bash")[:2] == [SETUP + "python train.py\n", SETUP + "python -m pytest\n"]
+    first_screen = "\n".join(README.splitlines()[:25])
+    assert re.search(r"^!\[", first_screen, re.MULTILINE)
+    assert re.search(r"^\|.*\d%", first_screen, re.MULTILINE)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.endswith("pytest") and "--help" not in line])
+def test_every_guide_with_commands_is_read():
+    """So that a change of the guides' form doesn't leave the tests below without anything to do."""
+    for name in ("README.md", "data", "checkpoints", "studies", "benchmarks", "results", "results/2026-11-22-speed"):
+        assert commands(GUIDES[name if name.endswith(".md") else f"{name}/README.md"]), name
+    assert len(COMMANDS) > 60
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if " pytest" not in f"{c} " and "--help" not in c])
 def test_a_command_is_parsed_by_its_script(line):
     script, arguments = script_and_arguments(line)
     importlib.import_module(PARSERS[script]).make_parser().parse_args(arguments)
 
 
-def test_commands_also_in_running_text():
-    """`python ...` in backquotes, in README and in the other guides."""
-    texts = [README, *(p.read_text() for p in GUIDES)]
-    lines = [line for text in texts for line in re.findall(r"`(python (?:-m )?[\w.]+ [^`]*)`", text)]
-    lines += [line.strip() for text in texts[1:] for line in re.findall(r"^(?:    )?python .*[^\]\\]$", text, re.M)]
-    lines = [line for line in lines if "[" not in line and "SOURCE" not in line]  # synopses
-    assert lines
-    for line in lines:
+def test_commands_of_pytest_and_help_name_files_that_exist():
+    for line in COMMANDS:
         script, arguments = script_and_arguments(line)
-        if script in PARSERS:
-            importlib.import_module(PARSERS[script]).make_parser().parse_args(arguments)
+        if script == "pytest":
+            assert all((ROOT / name).is_file() for name in arguments)
+        else:
+            assert script in PARSERS, line
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +98,7 @@ def home(tmp_path_factory):
         patch.setattr(pack, "STORES", folder / "data/stores")
         patch.setattr(sources, "DOWNLOADS", folder / "data/downloads")
         patch.setattr(sources, "_unreachable", lambda url: "no network in this test")
-        patch.setattr(utils, "CHECKPOINTS", folder / "checkpoints")
+        patch.setattr(checkpoints, "FOLDER", folder / "checkpoints")
         patch.setattr(sources, "SAMPLE", part_of_the_sample(folder / "sample.h5"))
         patch.chdir(folder)
         assert train.main(["--max-steps", "2"]) == 0
@@ -106,17 +123,18 @@ def part_of_the_sample(path: Path) -> Path:
     return path
 
 
-# What needs neither a network nor a GPU nor somebody's pictures of ImageNet.
+# What needs neither a network nor a GPU nor somebody's pictures of ImageNet, and takes seconds.
 RUN = ["python train.py --dataset sample", "python train.py --resume"]
-RUN += [line for line in COMMANDS if line.startswith("python test.py") and "imagenet" not in line]
+RUN += [line for line in commands(README) if line.startswith("python test.py") and "imagenet" not in line]
 RUN += ["python -m data.pack photos --out data/stores/photos"]
 RUN += ["python -m data.pack --verify data/stores/photos", "python train.py --data data/stores/photos"]
+RUN += ["python -m data.pack sample --size 32 --out data/stores/sample-32"]
 
 
 @pytest.mark.parametrize("line", RUN)
 def test_a_command_runs(line, home, capsys):
-    """In README's order, one after the other; training for two steps, on pictures of 224 pixels two at a time."""
-    assert f"{line}\n" in README or f"`{line}`" in README
+    """In this order, one after the other; training for two steps, on pictures of 224 pixels two at a time."""
+    assert line in COMMANDS
     script, arguments = script_and_arguments(line)
     if script == "train.py":
         arguments += ["--max-steps", "2"] + (["--batch-size", "2"] if "photos" in line else [])
@@ -125,19 +143,52 @@ def test_a_command_runs(line, home, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("block", fenced("python"))
-def test_python_blocks_run(block, home, monkeypatch):
+BLOCKS = {
+    f"{name} {number}": block
+    for name, text in GUIDES.items() for number, block in enumerate(fenced(text, "python"))
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_python_blocks_run(name, home, monkeypatch):
+    """In a folder with runs a and sample-1, a store of the sample, cat.jpg and dog.png."""
     monkeypatch.syspath_prepend(ROOT)
+    block = BLOCKS[name]
     if "torch.hub" in block:
         block = block.replace('"."', repr(str(ROOT)))
     exec(block, {})
 
 
-def test_links_lead_somewhere():
-    for text, folder in ((README, ROOT), *((p.read_text(), p.parent) for p in GUIDES)):
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            if not target.startswith("http"):
-                assert (folder / target).exists(), target
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of a guide's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_links_lead_somewhere(name):
+    """To files that exist and, in guides, to headings that exist."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", GUIDES[name])):
+        if link.startswith("http"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = ((ROOT / name).parent / target).resolve() if target else ROOT / name
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(GUIDES[str(path.relative_to(ROOT))]), link
+
+
+def test_every_guide_is_a_link_away_from_readme():
+    linked = set(re.findall(r"\]\(([^)#]+)", README))
+    assert {name for name in GUIDES if name.count("/") < 2} - {"README.md"} <= linked
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_options_in_running_text_exist(name):
+    known = {option for script in PARSERS.values() for option in options_of(script)}
+    text = FENCE.sub("", GUIDES[name])
+    used = {option for code in re.findall(r"`([^`]+)`", text) for option in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
+    assert used <= known | {"--nproc-per-node"}
 
 
 def test_reproduction_names_code_options_and_tests_that_exist():
@@ -155,8 +206,6 @@ def test_reproduction_names_code_options_and_tests_that_exist():
                 file = word
             else:
                 assert f"def {word}(" in (ROOT / "tests" / file).read_text(), f"{file} {word}"
-    known = {option for script in PARSERS.values() for option in options_of(script)}
-    assert set(re.findall(r"`(?:test\.py )?(--[\w-]+)", REPRODUCTION)) <= known
 
 
 def options_of(module: str) -> list[str]:
@@ -166,7 +215,7 @@ def options_of(module: str) -> list[str]:
 def test_the_file_map_is_complete():
     """Every file and folder at the top that git would show stands in the map, or is one everybody knows."""
     known = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml"}
-    block = next(block for block in fenced("") if block.startswith("model.py"))
+    block = next(block for block in fenced(README, "") if block.startswith("model.py"))
     for path in ROOT.iterdir():
         if path.name[0] not in "._" and path.name not in known and path.suffix in (".py", "") and path.name != "venv":
             assert path.name in block, path.name
