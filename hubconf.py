@@ -15,7 +15,9 @@ def alexnet(checkpoint: str | None = None, **options):
     columns, ...). With a checkpoint: its net and weights in eval mode, with a list `classes`; no options then. (A
     checkpoint converted from torchvision gives torchvision's net.)
 
-    The repository carries no weights. checkpoints.load_model also gives the function that prepares pictures.
+    Your program's own modules called model, utils, data, ... stay what they are, so a net cannot be pickled whole
+    there: save its state_dict. The repository carries no weights. checkpoints.load_model also gives the function that
+    prepares pictures.
     """
     if checkpoint is not None and options:
         raise ValueError(f"a checkpoint brings its own options; leave out {', '.join(options)}")
@@ -24,7 +26,7 @@ def alexnet(checkpoint: str | None = None, **options):
             from model import AlexNet
 
             return AlexNet(**options)
-        from checkpoints import load_model  # needs numpy, Pillow, OpenCV and simplejpeg as well as torch
+        from checkpoints import load_model  # needs numpy, Pillow and tqdm as well as torch
 
         return load_model(checkpoint)[0]
 

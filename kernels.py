@@ -82,7 +82,7 @@ def fast_versions(device: str, gpu_kernels: bool) -> dict[type, type]:
 
 
 def hooked(layer: nn.Module) -> bool:
-    """Whether somebody looks at a layer's inputs, outputs or gradients; pruning and weight norm do, too."""
+    """Whether a layer has hooks; pruning and weight norm are hooks, too."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return any(map(len, hooks))
 

@@ -21,7 +21,7 @@ The net for 224 x 224 pictures and 1000 classes, one column (the paper's figure 
     fc8     dense, no ReLU: the logits            1000             4,097,000
                                                   in all          62,378,344
 
-Three nets that people know: AlexNet() is this table; AlexNet(columns=2) is the paper's two-GPU net as one module;
+Three known nets: AlexNet() is this table; AlexNet(columns=2) is the paper's two-GPU net as one module;
 AlexNet(columns=2, order="2012") is the net of the authors' source.
 
 Sources named below: *paper* is the text; *2012 code* is the authors' own source (Computer History Museum, 2025), its

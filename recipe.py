@@ -1,4 +1,4 @@
-"""The paper's section 5 as code: the update with momentum and decay, and the schedule of the learning rate."""
+"""The paper's section 5 as code: the update with momentum and weight decay, and the schedule of the learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ def make_optimizer(net: nn.Module, *, recipe: str, lr: float, momentum: float, w
 
 def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[dict]:
     """Recipe 2012: biases have twice the learning rate and no weight decay (2012 code: epsB, wc). Recipe paper: the
-    text names one learning rate and one decay, so all weights and biases have both. What an activation learns has the
-    weights' learning rate and never decays. `scale` times the schedule's learning rate is a group's."""
+    text names one learning rate and one weight decay, so all weights and biases have both. What an activation learns
+    has the weights' learning rate and never decays. `scale` times the schedule's learning rate is a group's."""
     learnt, rest = split_off_activations(net)
     weights = [p for name, p in rest.items() if name.endswith("weight")]
     others = [p for name, p in rest.items() if not name.endswith("weight")]

@@ -57,7 +57,7 @@ def main(argv=None) -> int:
 
 
 def errors(paths: list, store: Store, *, split: str = "test", ten_crop: bool = False, device="cpu") -> dict:
-    """What main() prints as JSON, of one checkpoint or an ensemble; for studies."""
+    """What main() prints as JSON, but for the checkpoints, of one checkpoint or an ensemble; for studies."""
     members = [load_member(path, device, ten_crop) for path in paths]
     check_fit(paths, members, store)
     return measure(members, store, split)[0] | {"protocol": "ten-crop" if ten_crop else "center"}

@@ -62,6 +62,8 @@ def main(argv=None) -> int:
         load_last(run, device)
         if is_over(run):
             watch.say(f"nothing left to do\n{conclusion(run, 0)}")
+            if watch.world > 1:
+                leave_together(0)
             return 0
 
     if watch.world > 1:

@@ -196,6 +196,8 @@ def take_weights(net: nn.Module, checkpoint: dict, path: str | Path, classes: li
         net.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"--init {path}: the weights do not fit: {one_line(error)}") from None
+    if not all(parameter.isfinite().all() for parameter in net.parameters()):
+        raise UserError(f"--init {path} holds weights that are not finite; it is damaged")
     return warning
 
 

@@ -220,7 +220,7 @@ def read_layers(file: str) -> list:
 
 
 def read_mean(file: str) -> torch.Tensor:
-    """A mean picture, (256, 256, 3) float32 in red, green, blue, from Caffe's .binaryproto or its .npy, (3, 256, 256)
+    """A mean image, (256, 256, 3) float32 in red, green, blue, from Caffe's .binaryproto or its .npy, (3, 256, 256)
     in blue, green, red."""
     if not Path(file).is_file():
         raise UserError(f"--mean {file}: no such file")
@@ -233,7 +233,7 @@ def read_mean(file: str) -> torch.Tensor:
     else:
         array = read_blob(caffe_message("BlobProto", file), file, "the mean")
     if array.shape not in ((3, 256, 256), (1, 3, 256, 256)) or array.dtype.kind not in "fiu":
-        raise UserError(f"--mean {file} holds no mean picture, 3 x 256 x 256 numbers, but {array.shape} {array.dtype}")
+        raise UserError(f"--mean {file} holds no mean image, 3 x 256 x 256 numbers, but {array.shape} {array.dtype}")
     with np.errstate(over="ignore"):
         mean = array.reshape(3, 256, 256)[::-1].transpose(1, 2, 0).astype(np.float32)
     if not np.isfinite(mean).all():
@@ -321,7 +321,7 @@ def make_parser() -> Parser:
                         "torchvision, which fetches them")
     parser.add_argument("out", metavar="OUT.pt", help="the checkpoint to write; one that is there is replaced")
     parser.add_argument("--mean", metavar="FILE",
-                        help="Caffe's mean picture, .binaryproto or .npy (default: its channel means, 104, 117, 123)")
+                        help="Caffe's mean image, .binaryproto or .npy (default: its channel means, 104, 117, 123)")
     return parser
 
 

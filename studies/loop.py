@@ -169,8 +169,8 @@ def errors(run: Run, loader: Loader) -> tuple[float, float, float]:
 
 def small_store(name: str) -> Store:
     """The store of a named set at 32 x 32, data/stores/NAME-32, packed first where there is none."""
-    path = pack.STORES / f"{name}-{SIDE}"
-    store = Store(path) if path.exists() else pack.pack(sources.find(name), path, size=SIDE, workers=os.cpu_count())
+    path, cores = pack.STORES / f"{name}-{SIDE}", len(os.sched_getaffinity(0))
+    store = Store(path) if path.exists() else pack.pack(sources.find(name), path, size=SIDE, workers=cores)
     if store.size != SIDE:
         raise UserError(f"{shown(path)} has pictures of {store.size} pixels, not of {SIDE}; remove it")
     return store
@@ -236,6 +236,9 @@ def save(run: Run) -> None:
 def load(run: Run) -> None:
     """Take up the state of last.pt."""
     last = read_checkpoint(run.folder / "last.pt", run.inputs.device)
+    anew = f"to train this run anew, remove {shown(run.folder)}"
+    if last is None:
+        raise UserError(f"{shown(run.folder / 'last.pt')} is missing, damaged, or no checkpoint of this study; {anew}")
     try:
         if (last["config"], last["fingerprint"]) != (run.net.config, run.store.fingerprint):
             raise ValueError(f"{last['config']}, store {last['fingerprint'][:8]}")
@@ -243,10 +246,8 @@ def load(run: Run) -> None:
         run.optimizer.load_state_dict(last["optimizer"])
         vars(run).update({name: last[name] for name in STATE})
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{shown(run.folder / 'last.pt')} is missing, damaged, or of another net or store ({one_line(error)}); to "
-            f"train this run anew, remove {shown(run.folder)}"
-        ) from None
+        where = shown(run.folder / "last.pt")
+        raise UserError(f"{where} is of another net or store ({one_line(error)}); {anew}") from None
 
 
 def read_checkpoint(path: Path, device="cpu") -> dict | None:
