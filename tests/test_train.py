@@ -137,18 +137,18 @@ def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status)
 
 
 def test_two_processes_give_the_losses_of_one(store, tmp_path):
-    """10 epochs of one step each, so that each line of the log is a step's loss; 21 validation images over two
+    """5 epochs of one step each, so that each line of the log is a step's loss; 21 validation images over two
     processes are counted once each."""
-    options = ["--batch-size", "96", "--no-dropout", "--max-steps", "10", "--lr", "0.001"]
+    options = ["--batch-size", "96", "--no-dropout", "--max-steps", "5", "--lr", "0.001"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, *command(store, tmp_path / "two", *options)[1:]],
         cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    run(store, tmp_path / "one", "--no-dropout", "--max-steps", 10, "--lr", 0.001, batch=96)
+    run(store, tmp_path / "one", "--no-dropout", "--max-steps", 5, "--lr", 0.001, batch=96)
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
-    assert len(one) == len(two) == 10
+    assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-4)
         assert b["val_loss"] == pytest.approx(a["val_loss"], abs=1e-4)
