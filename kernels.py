@@ -1,8 +1,8 @@
 """Faster versions of model.py's formulas, and accelerate(net), which swaps them in:
 
-    LRN             on a CPU kernels.c, compiled when it is first needed (a fifth of a second), for float32; on a GPU
-                    Triton, for float32, bfloat16 and float16; otherwise torch's operations, with the derivative written
-                    out and, on a CPU, in pieces that stay in the cache
+    LRN             on a CPU kernels.c, compiled when it is first needed (a third of a second), for float32 and
+                    bfloat16; on a GPU Triton, for these and float16; otherwise torch's operations, with the derivative
+                    written out and, on a CPU, in pieces that stay in the cache
     dense layers    on a CPU oneDNN's product instead of MKL's, which leaves half of an AMD processor unused; float32
     dropout         on a CPU masks of random bits, in a twentieth of bernoulli_'s time
     FReLU, SReLU    the derivative written out: like a ReLU, they keep their output alone
@@ -17,6 +17,7 @@ The Triton kernels have run in Triton's interpreter only, on no GPU yet: until t
 
 import ctypes
 import functools
+import itertools
 import os
 import shutil
 import subprocess
@@ -36,7 +37,8 @@ except ImportError:  # torch's builds for a CPU come without
     triton = None
 
 SOURCE = Path(__file__).with_name("kernels.c")
-SAME = 1e-4  # of the largest number: how far a fast version may be from its formula
+# How far a fast version may be from its formula in float32, of the largest number.
+SAME = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 CHANNELS = 1024  # what kernels.c keeps of one pixel lies on the stack of its thread
 TILE_PIXELS, TILE_CHANNELS = 64, 32  # what one Triton program works on
 
@@ -67,8 +69,8 @@ def accelerate(net: nn.Module, *, gpu_kernels: bool = False) -> str:
         line.append(f"LRN in torch's operations ({trouble})" if trouble else f"LRN {FAST_LRN[device].words}")
     if any(isinstance(layer, nn.Linear) for layer in layers):
         trouble = trouble_with_dense(device)
-        line.append(f"dense layers of torch ({trouble})" if trouble else "dense layers by oneDNN")
-    return ", ".join(line or ["nothing to accelerate"]) + " (in float32)" * (device == "cpu" and bool(line))
+        line.append(f"dense layers of torch ({trouble})" if trouble else "dense layers by oneDNN in fp32")
+    return ", ".join(line or ["nothing to accelerate"])
 
 
 def fast_versions(device: str, gpu_kernels: bool) -> dict[type, type]:
@@ -92,27 +94,30 @@ def hooked(layer: nn.Module) -> bool:
 @torch.enable_grad()
 def difference(fast: type[nn.Module]) -> str:
     """What is wrong with a fast version, for a message: "is wrong" where its output or gradients are off by more than
-    SAME, "fails" and how; "" if nothing is. In both layouts. Leaves the random generators as they were."""
+    SAME, "fails" and how; "" if nothing is. In each of its dtypes and both layouts, against the formula in float32.
+    Leaves the random generators as they were."""
     plain, options, shape = EXAMPLES[fast]
+    layouts = (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]
     device = getattr(fast, "device", "cpu")
 
     def wave(like: Tensor) -> Tensor:
         return (100 * torch.arange(1.0, like.numel() + 1, device=device).sin()).view(like.shape)
 
     try:
-        for layout in (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]:
+        for dtype, layout in itertools.product(getattr(fast, "dtypes", (torch.float32,)), layouts):
             found = []
-            for kind in (fast, plain):
+            for kind, precision in ((fast, dtype), (plain, torch.float32)):
                 with torch.random.fork_rng(devices=[]):
                     layer = kind(**options).to(device)
                 for parameter in layer.parameters():
                     parameter.data = wave(parameter)
-                x = wave(torch.empty(shape)).contiguous(memory_format=layout).requires_grad_()
+                x = wave(torch.empty(shape)).to(dtype).to(precision).contiguous(memory_format=layout).requires_grad_()
                 y = layer(x)
-                found.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], wave(y).cos())])
+                g = wave(y).cos().to(dtype).to(precision)
+                found.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], g)])
             for got, right in zip(*found, strict=True):
-                if not (got - right).abs().max() <= SAME * right.abs().max():
-                    return "is wrong"
+                if not (got - right).abs().max() <= SAME[dtype] * right.abs().max():
+                    return "is wrong" if dtype == torch.float32 else f"is wrong in {dtype}".replace("torch.", "")
     except Exception as error:  # Triton's compiler, and operators of torch's that it does not document, raise anything
         return f"fails ({type(error).__name__})"
     return ""
@@ -248,7 +253,7 @@ class TorchLRN(LocalResponseNorm):
 class CompiledLRN(TorchLRN):
     """model.LocalResponseNorm by kernels.c."""
 
-    device, dtypes, words = "cpu", (torch.float32,), "compiled from kernels.c"
+    device, dtypes, words = "cpu", (torch.float32, torch.bfloat16), "compiled from kernels.c"
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)  # copied, or pickled on another machine
@@ -405,7 +410,7 @@ def _run(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: 
     getattr(compiled()[0], name)(
         *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
         *(ctypes.c_long(number) for number in (rows, channels // columns, pixels)),
-        ctypes.c_float(scale), ctypes.c_float(k), torch.get_num_threads(),
+        ctypes.c_float(scale), ctypes.c_float(k), torch.get_num_threads(), tensors[0].dtype == torch.bfloat16,
     )
 
 
@@ -495,7 +500,8 @@ if triton:
 
 
 # For `difference`: the formula, its options, and an input's shape.
-_LRN_EXAMPLE = (LocalResponseNorm, {"columns": 2, "alpha": 1.0}, (2, 12, 5, 7))
+# LRN's has more channels and pixels than a Triton program takes.
+_LRN_EXAMPLE = (LocalResponseNorm, {"columns": 2, "alpha": 1.0}, (2, 66, 9, 8))
 EXAMPLES = {
     TorchLRN: _LRN_EXAMPLE,
     CompiledLRN: _LRN_EXAMPLE,

@@ -48,12 +48,14 @@ def numbers_like(shape, layout=torch.contiguous_format, dtype=torch.float32):
     return (30 * torch.randn(shape)).to(dtype).contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "columns"), SHAPES, ids=str)
-def test_lrn_equals_the_formula_in_float64(shape, columns, layout):
-    """Forward and gradient, shapes that are not round, windows cut off at columns; alpha so large that it matters."""
+def test_lrn_equals_the_formula_in_float64(shape, columns, layout, dtype):
+    """Forward and gradient, shapes that are not round, windows cut off at columns; alpha so large that it matters.
+    bfloat16 is rounded once, at the end, to eight bits: 1/256 of the number itself."""
     torch.manual_seed(0)
-    x, g = (numbers_like(shape, LAYOUTS[layout]) for _ in range(2))
+    x, g = (numbers_like(shape, LAYOUTS[layout], dtype) for _ in range(2))
     options = {"columns": columns, "alpha": 1.0, "k": 1.5}
     x.requires_grad_()
     fast = CompiledLRN(**options)
@@ -64,8 +66,22 @@ def test_lrn_equals_the_formula_in_float64(shape, columns, layout):
     exact = x.detach().double().requires_grad_()
     expected = LocalResponseNorm(**options)(exact)
     (expected_grad,) = torch.autograd.grad(expected, exact, g.double())
-    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert (grad - expected_grad).abs().max() <= 1e-6 * expected_grad.abs().max()
+    assert got.dtype == grad.dtype == dtype
+    for one, right in ((got, expected), (grad, expected_grad)):
+        own = right.abs() / 256 if dtype == torch.bfloat16 else 0
+        assert ((one - right).abs() <= own + 1e-6 * right.abs().max()).all()
+
+
+def test_what_is_not_finite_stays_so_in_bf16():
+    """And is rounded to the even neighbour, as torch rounds."""
+    x = torch.tensor([[float("nan"), float("inf"), 1.0, 0, 0, 0, 0, 0]]).bfloat16()[..., None, None]
+    got = CompiledLRN()(x).flatten()
+    assert got.isnan().tolist() == [True] * 3 + [False] * 5
+    bits = torch.randint(-(2**31), 2**31, (1, 8, 100, 100), dtype=torch.int32)
+    whole = bits.view(torch.float32).nan_to_num(0).clamp(-1e15, 1e15)
+    identity = CompiledLRN(alpha=0.0, k=1.0)
+    x = whole.bfloat16()
+    assert torch.equal(identity(x), x)
 
 
 def test_gradients_may_arrive_in_any_layout():
@@ -93,7 +109,7 @@ def test_the_threads_share_out_whole_rows():
 
 ODD = {
     "float64": numbers_like((1, 8, 3, 3), dtype=torch.float64),
-    "bfloat16": numbers_like((1, 8, 3, 3), dtype=torch.bfloat16),
+    "float16": numbers_like((1, 8, 3, 3), dtype=torch.float16),
     "empty": torch.empty(0, 8, 3, 3),
     "gaps": numbers_like((1, 8, 6, 6))[:, :, ::2, ::2],
     "more channels than the stack takes": numbers_like((1, 1026, 1, 2)),
@@ -298,14 +314,14 @@ def test_the_operators_are_what_torch_expects():
 def test_without_a_compiler_lrn_is_done_by_torchs_operations(fresh, compiler, reason):
     fresh.setenv("CC", compiler)
     net = AlexNet(4, image_size=64)
-    assert accelerate(net) == f"LRN in torch's operations ({reason}), dense layers by oneDNN (in float32)"
+    assert accelerate(net) == f"LRN in torch's operations ({reason}), dense layers by oneDNN in fp32"
     assert type(net.norm1) is type(net.norm2) is TorchLRN
     assert type(net.fc6) is FastLinear
 
 
 def test_it_says_what_it_chose():
-    assert accelerate(AlexNet(4, image_size=64)) == "LRN compiled from kernels.c, dense layers by oneDNN (in float32)"
-    assert accelerate(AlexNet(4, image_size=64, lrn=False)) == "dense layers by oneDNN (in float32)"
+    assert accelerate(AlexNet(4, image_size=64)) == "LRN compiled from kernels.c, dense layers by oneDNN in fp32"
+    assert accelerate(AlexNet(4, image_size=64, lrn=False)) == "dense layers by oneDNN in fp32"
     assert accelerate(nn.Sequential(nn.ReLU())) == "nothing to accelerate"
     why = "the Triton one has run on no GPU yet and has to be asked for"
     line = accelerate(AlexNet(4, image_size=64).to("meta"))
