@@ -12,7 +12,8 @@ Each is compared with its formula when it is first used, output and gradients, a
 can't be, and torch has its own tests for working in place. Parameters and their names stay, so a checkpoint is the same
 with and without. What a fast version can't take (other devices, dtypes, layouts, windows) goes to a slower one.
 
-The Triton kernels have run in Triton's interpreter only, on no GPU yet: until they have, they are used when asked for.
+The Triton kernels have run in Triton's interpreter and been compiled for an H100, but have run on no GPU yet: there,
+too, they are used only where that very GPU's results agree with the formula.
 """
 
 import ctypes
@@ -40,7 +41,9 @@ SOURCE = Path(__file__).with_name("kernels.c")
 # How far a fast version may be from its formula in float32, of the largest number.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 CHANNELS = 1024  # what kernels.c keeps of one pixel lies on the stack of its thread
-TILE_PIXELS, TILE_CHANNELS = 64, 32  # what one Triton program works on
+# What one Triton program works on, with so many warps: four numbers a thread. With 16 the backward pass takes up to 255
+# registers a thread on an H100 and spills to memory; with four at most 96, so that 20 warps have room side by side.
+TILE_PIXELS, TILE_CHANNELS, WARPS = 16, 32, 4
 
 # LRN in torch's operations takes this many numbers at a time on a CPU. Its temporary tensors have to be smaller than
 # 2 MB: from there on torch aligns them for large pages (utils.huge_pages), and each takes its memory from Linux anew.
@@ -49,13 +52,12 @@ TILE_PIXELS, TILE_CHANNELS = 64, 32  # what one Triton program works on
 CPU_PIECE = 300_000
 
 
-def accelerate(net: nn.Module, *, gpu_kernels: bool = False) -> str:
+def accelerate(net: nn.Module) -> str:
     """Swap in the fast versions for the device that a net is on: layers change their class and keep all else. Those
-    with hooks, and of classes derived from model.py's and torch's, are left alone. gpu_kernels: use the Triton LRN,
-    too, on a GPU. Returns a line that says how LRN and the dense layers are computed, and why. The fast versions can be
-    differentiated once, backwards."""
+    with hooks, and of classes derived from model.py's and torch's, are left alone. Returns a line that says how LRN and
+    the dense layers are computed, and why. The fast versions can be differentiated once, backwards."""
     device = next((p.device for p in net.parameters()), torch.device("cpu")).type
-    layers, versions = list(net.modules()), fast_versions(device, gpu_kernels)
+    layers, versions = list(net.modules()), fast_versions(device)
     for layer in layers:
         if type(layer) in versions and not hooked(layer):
             layer.__class__ = versions[type(layer)]
@@ -65,7 +67,7 @@ def accelerate(net: nn.Module, *, gpu_kernels: bool = False) -> str:
                     act.inplace = True
     line = []
     if any(isinstance(layer, LocalResponseNorm) for layer in layers):
-        trouble = trouble_with_lrn(device, gpu_kernels)
+        trouble = trouble_with_lrn(device)
         line.append(f"LRN in torch's operations ({trouble})" if trouble else f"LRN {FAST_LRN[device].words}")
     if any(isinstance(layer, nn.Linear) for layer in layers):
         trouble = trouble_with_dense(device)
@@ -73,10 +75,21 @@ def accelerate(net: nn.Module, *, gpu_kernels: bool = False) -> str:
     return ", ".join(line or ["nothing to accelerate"])
 
 
-def fast_versions(device: str, gpu_kernels: bool) -> dict[type, type]:
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has bf16 arithmetic of its own; others emulate it, slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # no Linux
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+
+
+def fast_versions(device: str) -> dict[type, type]:
     """The classes that can be swapped for faster ones on a device. LRN's fast ones are among them, for a net that has
     moved since."""
-    lrn = TorchLRN if trouble_with_lrn(device, gpu_kernels) else FAST_LRN[device]
+    lrn = TorchLRN if trouble_with_lrn(device) else FAST_LRN[device]
     versions = dict.fromkeys((LocalResponseNorm, TorchLRN, *FAST_LRN.values()), lrn)
     versions |= {FReLU: FastFReLU, SReLU: FastSReLU}
     versions = {plain: fast for plain, fast in versions.items() if not difference(fast)}
@@ -257,7 +270,7 @@ class CompiledLRN(TorchLRN):
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)  # copied, or pickled on another machine
-        if trouble_with_lrn(self.device, gpu_kernels=True):
+        if trouble_with_lrn(self.device):
             self.__class__ = TorchLRN
 
     def forward(self, x: Tensor) -> Tensor:
@@ -283,12 +296,10 @@ class TritonLRN(CompiledLRN):
 FAST_LRN = {kind.device: kind for kind in (CompiledLRN, TritonLRN)}
 
 
-def trouble_with_lrn(device: str, gpu_kernels: bool) -> str:
+def trouble_with_lrn(device: str) -> str:
     """Why there is no kernel for LRN on a device, "cpu" or "cuda"; "" if there is one."""
     if device not in FAST_LRN:
         return "there is a fast one for CPUs and CUDA only"
-    if device == "cuda" and not gpu_kernels:
-        return "the Triton one has run on no GPU yet and has to be asked for"
     missing = compiled()[1] if device == "cpu" else "" if triton else "there is no Triton"
     wrong = "" if missing else difference(FAST_LRN[device])
     return missing or (wrong and f"the one {FAST_LRN[device].words} {wrong}")
@@ -438,16 +449,18 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
 
 
 def launch(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: float) -> None:
-    """Start the Triton kernel of that name: a program for TILE_PIXELS x TILE_CHANNELS of each picture."""
+    """Start the Triton kernel of that name: a program for each TILE_PIXELS x TILE_CHANNELS of a picture. Pictures are
+    counted along the grid's first axis, which has room for 2**31; the others take 65,535."""
     a = tensors[0]
     n, channels, height, width = a.shape
     pixels = height * width
     last = _layout(a) == torch.channels_last
-    grid = (triton.cdiv(pixels, TILE_PIXELS), triton.cdiv(channels, TILE_CHANNELS), n)
-    (_forward_kernel if name == "lrn_forward" else _backward_kernel)[grid](
-        *tensors, pixels, channels, channels // columns, channels if last else 1, 1 if last else pixels, scale, k,
-        TILE_PIXELS, TILE_CHANNELS,
-    )
+    grid = (n, triton.cdiv(pixels, TILE_PIXELS), triton.cdiv(channels, TILE_CHANNELS))
+    with torch.cuda.device_of(a):  # Triton starts on the current device, wherever the tensors are
+        (_forward_kernel if name == "lrn_forward" else _backward_kernel)[grid](
+            *tensors, pixels, channels, channels // columns, channels if last else 1, 1 if last else pixels, scale, k,
+            TILE_PIXELS, TILE_CHANNELS, num_warps=WARPS,
+        )
 
 
 if triton:
@@ -473,9 +486,9 @@ if triton:
     def _forward_kernel(
         a, b, pixels, channels, column, pixel_stride, channel_stride, scale, k, P: tl.constexpr, C: tl.constexpr
     ):
-        p = tl.program_id(0) * P + tl.arange(0, P)[:, None]
-        c = tl.program_id(1) * C + tl.arange(0, C)[None, :]
-        at = tl.program_id(2) * pixels * channels + p * pixel_stride + c * channel_stride
+        p = tl.program_id(1) * P + tl.arange(0, P)[:, None]
+        c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
+        at = tl.program_id(0) * pixels * channels + p * pixel_stride + c * channel_stride
         root = _root(a, at, p, c, 0, pixels, channels, column, channel_stride, scale, k)
         value = _near(a, at, p, c, 0, pixels, channels, column, channel_stride) * root * tl.sqrt(root)
         tl.store(b + at, value.to(b.dtype.element_ty), mask=(p < pixels) & (c < channels))
@@ -484,9 +497,9 @@ if triton:
     def _backward_kernel(
         a, g, grad, pixels, channels, column, pixel_stride, channel_stride, scale, k, P: tl.constexpr, C: tl.constexpr
     ):
-        p = tl.program_id(0) * P + tl.arange(0, P)[:, None]
-        c = tl.program_id(1) * C + tl.arange(0, C)[None, :]
-        at = tl.program_id(2) * pixels * channels + p * pixel_stride + c * channel_stride
+        p = tl.program_id(1) * P + tl.arange(0, P)[:, None]
+        c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
+        at = tl.program_id(0) * pixels * channels + p * pixel_stride + c * channel_stride
         direct = tl.zeros_like(at).to(tl.float32)
         through = tl.zeros_like(at).to(tl.float32)
         for shift in tl.static_range(-2, 3):

@@ -13,6 +13,7 @@ from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
 from data.store import Store
+from kernels import multiplies_bf16
 from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES, SMALLEST
 from utils import Parser, UserError, number, whole
 
@@ -149,8 +150,8 @@ def _add_machine(group) -> None:
                        help="auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 is without TF32, and weights are fp32 "
                        "always")
     group.add_argument("--kernels", choices=("auto", "on", "off"), default="auto",
-                       help="the fast parts of kernels.py; auto: those that have been tested, all of them on a CPU; "
-                       "on: the Triton LRN on a GPU, too; off: the net as model.py has it (default: %(default)s)")
+                       help="the fast parts of kernels.py; auto: those that agree with model.py on this machine; on: "
+                       "stop where LRN or the dense layers have none; off: model.py alone (default: %(default)s)")
     group.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     group.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
     group.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
@@ -173,7 +174,7 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
     if args.workers is None:
         args.workers = default_workers(device)
     if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        args.precision = "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
     for split in ("train", "val"):
         if not store.counts.get(split):
             raise UserError(f"{store.path} has no {split} pictures; pack it again with some")

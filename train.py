@@ -40,7 +40,7 @@ from data.augment import Augment, epoch_tables
 from data.loader import Loader
 from data.pack import named_store
 from data.store import Store
-from kernels import accelerate
+from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
 from model import AlexNet, activation_parameters
 from options import NET, parse, settle
 from recipe import Schedule, make_optimizer, set_rate
@@ -85,9 +85,10 @@ def main(argv=None) -> int:
 def fit(run: Training, watch: "Watch") -> int:
     """Train until the schedule, --epochs, --max-steps or a signal ends it. Returns the exit status."""
     args, device = run.args, watch.device
-    train, val = (Loader(run.store, split, device, args.workers // watch.world) for split in ("train", "val"))
+    train, val = (Loader(run.store, split, device, -(-args.workers // watch.world)) for split in ("train", "val"))
     inputs = training_inputs(args, run.store, device)
-    model = run.net if watch.world == 1 else DistributedDataParallel(run.net)
+    watch.warn(train.shared_memory_trouble(args.batch_size * args.image_size**2 * 3))
+    model = run.net if watch.world == 1 else DistributedDataParallel(run.net, gradient_as_bucket_view=True)
     if args.compile:
         model = torch.compile(model)
     while not is_over(run):
@@ -128,7 +129,7 @@ def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: "Wa
         for samples in mine:
             with watch.waiting():
                 crops, labels = next(batches)
-                pictures = inputs.train(crops, tables.colour[samples], out=pictures)
+            pictures = inputs.train(crops, tables.colour[samples], out=pictures)
 
             utils.seed_all(args.seed, state.step + 1, watch.rank)  # for this step's dropout masks
             loss, logits = train_step(model, run.optimizer, pictures, labels, args.precision)
@@ -282,6 +283,8 @@ class Watch:
         self.waited += time.monotonic() - began
 
     def end_epoch(self, images: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what has been started is not done yet
         seconds = time.monotonic() - self.started
         self.speed = {"images_per_second": images / seconds, "stall": 100 * self.waited / seconds}
 
@@ -322,7 +325,9 @@ def join_processes(device: torch.device) -> tuple[int, int]:
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -361,13 +366,19 @@ def set_up(args, store: Store, watch: Watch) -> Training:
     utils.no_tf32()
     torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN try its algorithms once
     net = starting_net(args, store, watch).to(watch.device, memory_format=torch.channels_last)
-    kernels = "LRN of model.py, dense layers of torch"
-    if args.kernels != "off":
-        kernels = accelerate(net, gpu_kernels=args.kernels == "on")
+    if args.kernels == "on":
+        require_kernels(watch.device.type)
+    kernels = accelerate(net) if args.kernels != "off" else "LRN of model.py, dense layers of torch"
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     return Training(args, store, net, optimizer, Schedule(args.lr, args.patience), kernels)
+
+
+def require_kernels(device: str) -> None:
+    trouble = trouble_with_lrn(device) or (device == "cpu" and trouble_with_dense(device))
+    if trouble:
+        raise UserError(f"--kernels on: {trouble}; --kernels auto does without")
 
 
 def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:
@@ -406,7 +417,9 @@ def describe(run: Training, watch: Watch) -> str:
     args, store = run.args, run.store
     machine = environment(watch.device)
     count = sum(p.numel() for p in run.net.parameters())
-    no_tf32 = ", no TF32" if watch.device.type == "cuda" and args.precision == "fp32" else ""
+    note = ", no TF32" if watch.device.type == "cuda" and args.precision == "fp32" else ""
+    if args.precision == "bf16" and not multiplies_bf16(watch.device):
+        note = " emulated: this processor has no bf16 arithmetic, and fp32 is faster"
     lines = {
         "data": f"{store.name}: {store.counts['train']:,} training and {store.counts['val']:,} validation pictures, "
         f"{len(store.classes)} classes, {store.size} x {store.size}{' grey' if store.channels == 1 else ''}",
@@ -414,7 +427,7 @@ def describe(run: Training, watch: Watch) -> str:
         "recipe": f"{args.recipe}: batch {args.batch_size}, learning rate {args.lr:g}, momentum {args.momentum:g}, "
         f"weight decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
         "device": f"{machine['device']}, {watch.world} process{'es' * (watch.world > 1)}, {machine['threads']} "
-        f"threads, {args.precision}{no_tf32}",
+        f"threads, {args.precision}{note}",
         "kernels": run.kernels,
         "run": f"{shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }

@@ -48,7 +48,7 @@ def torch_lrn(x):
 def contenders(inputs: torch.Tensor) -> dict:
     """Functions of the input by name; None where one can't run here."""
     device = inputs.device.type
-    fast = None if trouble_with_lrn(device, True) else FAST_LRN[device]()
+    fast = None if trouble_with_lrn(device) else FAST_LRN[device]()
     kernel = "kernels.py, Triton" if inputs.is_cuda else "kernels.py, C"
     return {
         TORCHS: torch_lrn, f"{TORCHS}, torch.compile": torch.compile(torch_lrn),

@@ -14,7 +14,6 @@ over the rate of one large matrix product.
 import json
 import multiprocessing
 import os
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 import utils
-from benchmarks.timing import milliseconds, pictures, product_rate, wait
+from benchmarks.timing import milliseconds, pictures, product_rate, timed
 from checkpoints.run import environment
 from kernels import accelerate
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet
@@ -49,8 +48,6 @@ CONTENDERS = {
     "this, --kernels off": Contender("plain", channels_last=True, huge_pages=True),
     "this": Contender("fast", channels_last=True, huge_pages=True),
     "this, --compile": Contender("fast", compiled=True, channels_last=True, huge_pages=True),
-    "this, --kernels on": Contender("triton", channels_last=True, only="cuda"),
-    "this, --kernels on --compile": Contender("triton", compiled=True, channels_last=True, only="cuda"),
 }
 USUAL, COMPILED = "usual module", "usual module, torch.compile"
 PARTS = {  # what a profile's operators are part of, by a piece of their names
@@ -116,7 +113,7 @@ def contend(connection, name: str, args, device: torch.device) -> None:
     contender = CONTENDERS[name]
     if contender.huge_pages:
         utils.huge_pages()
-    if contender.net in ("plain", "fast", "triton"):
+    if contender.net in ("plain", "fast"):
         utils.no_tf32()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -161,8 +158,8 @@ def make_step(contender: Contender, args, device: torch.device):
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
     else:
         optimizer = make_optimizer(net, recipe="2012", lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    if contender.net in ("fast", "triton"):
-        accelerate(net, gpu_kernels=contender.net == "triton")
+    if contender.net == "fast":
+        accelerate(net)
     model = torch.compile(net) if contender.compiled else net
     return lambda: train_step(model, optimizer, images, labels, args.precision)
 
@@ -194,14 +191,6 @@ def usual_module(size: int, classes: int) -> nn.Module:
     )
 
 
-def timed(step, device: torch.device) -> float:
-    wait(device)
-    began = time.perf_counter()
-    step()
-    wait(device)
-    return time.perf_counter() - began
-
-
 def resident(device: torch.device) -> float:
     """MB that this process holds now, on the device."""
     if device.type == "cuda":
@@ -213,7 +202,8 @@ def peak(step, before: float, device: torch.device) -> float:
     """MB beyond `before` at the worst moment of a step."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        timed(step, device)
+        step()
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 1e6 - before
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
     step()
@@ -233,7 +223,7 @@ def parts(step, device: torch.device) -> dict[str, float]:
     schedule = torch.profiler.schedule(wait=0, warmup=2, active=3, repeat=1)
     with torch.profiler.profile(activities=kinds, schedule=schedule) as profile:
         for _ in range(5):
-            timed(step, device)
+            step()
             profile.step()
     spent = dict.fromkeys([*PARTS, "everything else"], 0.0)
     for event in profile.key_averages():

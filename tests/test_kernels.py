@@ -3,14 +3,16 @@
 import copy
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, environment
+from helpers import ROOT, environment, run
 from torch import library, nn
 
 import kernels
@@ -323,12 +325,24 @@ def test_it_says_what_it_chose():
     assert accelerate(AlexNet(4, image_size=64)) == "LRN compiled from kernels.c, dense layers by oneDNN in fp32"
     assert accelerate(AlexNet(4, image_size=64, lrn=False)) == "dense layers by oneDNN in fp32"
     assert accelerate(nn.Sequential(nn.ReLU())) == "nothing to accelerate"
-    why = "the Triton one has run on no GPU yet and has to be asked for"
     line = accelerate(AlexNet(4, image_size=64).to("meta"))
     assert line.startswith("LRN in torch's operations (there is a fast one for CPUs")
-    assert (kernels.trouble_with_lrn("cuda", False), kernels.trouble_with_dense("cuda")) == (
-        why, "there is another product for CPUs only",
-    )
+    assert kernels.trouble_with_dense("cuda") == "there is another product for CPUs only"
+
+
+def test_a_triton_lrn_that_does_not_agree_is_not_used(fresh):
+    fresh.setattr(kernels, "difference", lambda fast: "is wrong in bfloat16")
+    fresh.setattr(kernels, "triton", kernels.triton or "there")
+    assert kernels.trouble_with_lrn("cuda") == "the one in Triton is wrong in bfloat16"
+    assert kernels.fast_versions("cuda") == {model.Dropout: FastDropout}
+    fresh.setattr(kernels, "triton", None)
+    assert kernels.trouble_with_lrn("cuda") == "there is no Triton"
+
+
+def test_kernels_on_is_refused_where_there_are_none(store, tmp_path, fresh):
+    fresh.setenv("CC", "no-such-compiler")
+    with pytest.raises(utils.UserError, match=r"--kernels on: .* no C compiler no-such-compiler; --kernels auto does"):
+        run(store, tmp_path / "run", "--kernels", "on")
 
 
 def test_a_library_that_computes_something_else_is_not_used(fresh, tmp_path):
@@ -338,7 +352,7 @@ def test_a_library_that_computes_something_else_is_not_used(fresh, tmp_path):
         (tmp_path / "kernels.c").write_text(source.replace(right, wrong))
         fresh.setattr(kernels, "SOURCE", tmp_path / "kernels.c")
         forget()
-        assert kernels.trouble_with_lrn("cpu", False) == "the one compiled from kernels.c is wrong"
+        assert kernels.trouble_with_lrn("cpu") == "the one compiled from kernels.c is wrong"
 
 
 def off_backward(x, weight, bias=None):
@@ -415,7 +429,7 @@ def test_a_pickled_net_works_where_there_is_no_compiler(fresh):
 def test_the_first_use_may_be_in_inference_mode(fresh):
     with torch.inference_mode():
         accelerate(AlexNet(4, image_size=64))
-    assert kernels.trouble_with_lrn("cpu", False) == kernels.trouble_with_dense("cpu") == ""
+    assert kernels.trouble_with_lrn("cpu") == kernels.trouble_with_dense("cpu") == ""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -450,19 +464,29 @@ def test_the_triton_kernels_in_tritons_interpreter():
 
 @pytest.mark.parametrize("name", ["_forward_kernel", "_backward_kernel"])
 @pytest.mark.parametrize(("dtype", "one"), [("bf16", "channel_stride"), ("fp32", "pixel_stride")])
-def test_the_triton_kernels_compile_for_an_h100(name, dtype, one):
+def test_the_triton_kernels_compile_for_an_h100(name, dtype, one, tmp_path):
     """To machine code for compute capability 9.0, which needs no GPU; each number is loaded no more than it must be:
-    5 times a result forward, 14 backward (9 of a, 5 of g)."""
+    5 times a result forward, 14 backward (9 of a, 5 of g). Prints the registers a thread (at most 96: a
+    multiprocessor's 65,536 are then enough for 20 warps) and what is spilled to memory (nothing)."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(kernels, name)
-    tensors, constants = ("a", "b", "g", "grad"), {"P": 64, "C": 32, one: 1}
+    tensors = ("a", "b", "g", "grad")
+    constants = {"P": kernels.TILE_PIXELS, "C": kernels.TILE_CHANNELS, one: 1}
     kinds = {n: "*" + dtype if n in tensors else "fp32" if n in ("scale", "k") else "i32" for n in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert built.asm["cubin"]
-    assert built.asm["ptx"].count("ld.global") <= (5 if "forward" in name else 14) * 64 * 32 // 128
+    warps = kernels.WARPS
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    loads = (5 if "forward" in name else 14) * kernels.TILE_PIXELS * kernels.TILE_CHANNELS // (32 * warps)
+    assert built.asm["ptx"].count("ld.global") <= loads
+    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+    used = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    registers, stack = (int(re.search(rf"{what}:(\d+)", used.stdout)[1]) for what in ("REG", "STACK"))
+    print(f"{name} in {dtype}: {registers} registers a thread, {stack} bytes spilled")  # pytest -s shows it
+    assert registers <= 96
+    assert stack == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
