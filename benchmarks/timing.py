@@ -9,24 +9,36 @@ import torch
 from data import sources
 from kernels import trouble_with_dense
 
+GPU_CALLS = 20
+
 
 def interleaved(contenders: dict, repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each contender, taken in turns after one call of each as warm-up."""
     times = {name: [] for name in contenders}
     for number in range(repeats + 1):
         for name, call in contenders.items():
-            wait(device)
-            began = time.perf_counter()
-            call()
-            wait(device)
+            seconds = timed(call, device)
             if number:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(seconds)
     return times
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def timed(call, device: torch.device) -> float:
+    """Seconds of a call; on a GPU the mean of GPU_CALLS between two events, so that starting one does not count."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()  # takes its memory anew
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(GPU_CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    torch.cuda.empty_cache()  # the next contender finds the memory free
+    return start.elapsed_time(end) / 1000 / GPU_CALLS
 
 
 def milliseconds(seconds: list[float]) -> dict:

@@ -46,6 +46,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
     except Exception as error:  # torch's reader raises nearly anything on files of other kinds
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"{path}: {device} has too little free memory to load it") from None
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
     missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:

@@ -1,8 +1,10 @@
 """Batches from a store: (uint8 pictures (n, H, W, C) on the device, int64 labels on the device)."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,13 +15,15 @@ from data.augment import EpochTables, random_crops, upload
 from data.store import Crops, Records, Store
 from utils import UserError
 
+AHEAD = 2  # batches that each worker has ready
+SHARED = Path("/dev/shm")  # by way of it workers hand over their batches
 RESIDENT_BYTES = 1_000_000_000  # a split of at most this size is kept on the device, whole
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes that read for a device: one a core for a GPU; none on a CPU, where they would take the cores from the
-    net."""
-    return os.cpu_count() or 1 if device.type == "cuda" else 0
+    """Processes that read for a device: for a GPU one a core that this process may use; none on a CPU, where they would
+    take the cores from the net."""
+    return len(os.sched_getaffinity(0)) if device.type == "cuda" else 0
 
 
 class Loader:
@@ -41,6 +45,16 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def shared_memory_trouble(self, batch_bytes: int) -> str:
+        """What to tell a user where the batches that its workers hand over may not fit into /dev/shm; "" otherwise."""
+        if self.resident or not self.workers or not SHARED.is_dir():
+            return ""
+        needed, free = AHEAD * self.workers * batch_bytes, shutil.disk_usage(SHARED).free
+        return "" if needed < free else (
+            f"{self.workers} workers need {needed / 1e6:,.0f} MB of {SHARED} and {free / 1e6:,.0f} MB are free: take "
+            "fewer --workers, or in a container a larger --shm-size"
+        )
 
     def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of whole pictures from the first to the last; of `world` processes each takes every world-th picture
@@ -68,7 +82,7 @@ class Loader:
             collate_fn=_as_is,
             pin_memory=cuda,
             worker_init_fn=_start_worker,
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=AHEAD if self.workers else None,
         )
         iterator = iter(streamed)
         try:

@@ -83,7 +83,7 @@ def test_in_order_each_picture_is_seen_once(store):
 def test_workers_are_for_gpus():
     """On a CPU they would take the cores from the net."""
     assert default_workers(torch.device("cpu")) == 0
-    assert default_workers(torch.device("cuda")) == (os.cpu_count() or 1)
+    assert default_workers(torch.device("cuda")) == len(os.sched_getaffinity(0))
 
 
 def test_a_small_split_is_resident_and_a_large_one_is_not(store, monkeypatch):
