@@ -46,7 +46,7 @@ def main(argv=None) -> int:
     split = choose_split(args, store)
     check_fit(paths, members, store)
     names = store.names(split)
-    result, rows = measure(members, store, split, args.batch_size)
+    result, rows = measure(members, store, split, args.batch_size, args.precision)
     result |= {"protocol": "ten-crop" if args.ten_crop else "center", "checkpoints": [str(path) for path in paths]}
     if args.per_class:
         result["per_class"] = per_class(rows, store.classes)
@@ -134,7 +134,9 @@ def check_fit(paths: list, members: list, store: Store) -> None:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def measure(members: list, store: Store, split: str, batch_size: int = 128) -> tuple[dict, list]:
+def measure(
+    members: list, store: Store, split: str, batch_size: int = 128, precision: str = "fp32"
+) -> tuple[dict, list]:
     """The errors in percent with their 95% intervals and the mean loss, unless the split is unlabelled; and for each
     picture (label, the five likeliest classes, the probability of the first)."""
     device = next(members[0][0].parameters()).device
@@ -143,7 +145,8 @@ def measure(members: list, store: Store, split: str, batch_size: int = 128) -> t
     loader = Loader(store, split, device, workers=default_workers(device))
     sums, found = torch.zeros(3, dtype=torch.float64, device=device), []
     for images, labels in loader.in_order(batch_size):
-        outputs = utils.probabilities([member[:2] for member in members], images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            outputs = utils.probabilities([member[:2] for member in members], images)
         sums += utils.score(outputs, labels)
         best = outputs.topk(min(5, len(store.classes)))
         found.append((labels, best.indices, best.values[:, 0]))
@@ -156,7 +159,8 @@ def measure(members: list, store: Store, split: str, batch_size: int = 128) -> t
             "loss": loss / count,
         }
     rows = list(zip(*(torch.cat(part).tolist() for part in zip(*found, strict=True)), strict=True))
-    return result | {"images": count, "models": len(members), "split": split, "data": store.name}, rows
+    result |= {"images": count, "models": len(members), "precision": precision, "split": split, "data": store.name}
+    return result, rows
 
 
 def wilson_interval(wrong: float, total: int) -> tuple[float, float]:
@@ -205,7 +209,8 @@ def write_predictions(path: Path, rows: list, classes: list[str], names: list[st
 def report(result: dict) -> str:
     models = "1 model" if result["models"] == 1 else f"{result['models']} models, softmax outputs averaged"
     crops = "ten crops, softmax outputs averaged" if result["protocol"] == "ten-crop" else "centre crop"
-    lines = [f"{result['data']}, {result['split']} split, {result['images']:,} images; {crops}; {models}"]
+    bf16 = "; bf16" if result["precision"] == "bf16" else ""
+    lines = [f"{result['data']}, {result['split']} split, {result['images']:,} images; {crops}; {models}{bf16}"]
     for k in (1, 5) if "loss" in result else ():
         low, high = result[f"top{k}_interval"]
         lines.append(f"top-{k} error {result[f'top{k}_error']:6.2f}%   (95% interval {low:.2f} to {high:.2f}%)")
@@ -228,7 +233,9 @@ def name_pictures(args, paths: list[Path], device) -> None:
         for model, prepare in loaded
     ]
     for name in args.images:
-        best = utils.probabilities(members, open_picture(Path(name)))[0].topk(min(5, len(classes)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            outputs = utils.probabilities(members, open_picture(Path(name)))
+        best = outputs[0].topk(min(5, len(classes)))
         found = [(classes[label], chance) for chance, label in zip(*(b.tolist() for b in best), strict=True)]
         if args.json:
             print(json.dumps({"picture": name, "classes": found}))
@@ -249,6 +256,8 @@ def make_parser() -> Parser:
     parser.add_argument("--split", choices=("test", "val"), help="default: test if there is one with labels, else val")
     parser.add_argument("--batch-size", type=whole(1), default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                        help="bf16: autocast, for speed (default: %(default)s)")
     parser.add_argument("--json", action="store_true",
                         help="print one line of JSON and nothing else (with --images one a picture)")
     parser.add_argument("--per-class", action="store_true", help="print each class's error, too")

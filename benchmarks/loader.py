@@ -3,16 +3,20 @@
     python -m benchmarks.loader [--pictures FOLDER] [--count 2000] [--batch 64] [--repeats 5] [--json]
 
 256 x 256 pictures are packed into stores, raw and JPEG: made ones with the spectrum of photographs, or with --pictures
-your own, over and over until there are --count. The peers get the very JPEG bytes of the store, as an ImageFolder tree
-and as a webdataset shard. All of them shuffle, crop 224 x 224 at random, mirror half of the pictures, and give batches:
-uint8, or float32 with the mean subtracted; ours have the channels last, the peers' have them first, as the nets on
-either side take them. The limit of a raw store is a memory map of bare pixels, cropped row by row; that of a JPEG store
-its decoder alone.
+your own, over and over until there are --count. All readers shuffle, crop 224 x 224 at random, mirror half of the
+pictures, and give batches: uint8, or float32 with the mean subtracted, once a batch; ours have the channels last, the
+peers' have them first, as the nets on either side take them.
+
+Peers of the JPEG store get its very bytes, as an ImageFolder tree and as a webdataset shard, and decode them with each
+of three decoders; the ratio that counts is against the fastest peer with simplejpeg, which is ours. The raw store's
+peer is a DataLoader over a memory map of the same pixels. The limit of a raw store is that map, cropped row by row;
+that of a JPEG store its decoder alone.
 
 Then, on all cores: batches of 64-pixel crops from a resident store, and how much slower training is from a store than
 on one batch that never changes. Everything is read before it is timed, so the disk's own speed plays no part.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -20,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import deque
 from contextlib import closing, redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -29,8 +34,7 @@ import torch
 
 import utils
 from benchmarks.pack import like_a_photograph
-from benchmarks.timing import interleaved, milliseconds
-from checkpoints.run import environment
+from benchmarks.timing import interleaved, machine, milliseconds
 from data import encode, pack, trees
 from data.augment import Augment, epoch_tables
 from data.loader import Loader
@@ -45,9 +49,8 @@ from utils import Parser, UserError, run_script, whole
 
 STORED, CROP, CLASSES = 256, 224, 1000
 CPU = torch.device("cpu")
-RAW, JPEG = "this, raw records", "this, JPEG records"
-FOLDER, WEB = "ImageFolder + v2", "webdataset + v2"
-DECODERS = {"PIL": False, "decode_jpeg": True}  # torchvision's decoder gives tensors
+THIS, FOLDER, WEB, MAPPED = "this", "ImageFolder + v2", "webdataset + v2", "DataLoader + v2 of a memory map"
+DECODERS = ("PIL", "decode_jpeg", "simplejpeg")
 
 
 def main(argv=None) -> int:
@@ -55,7 +58,7 @@ def main(argv=None) -> int:
     count = args.count // args.batch * args.batch  # whole batches
     if not count:
         raise UserError(f"--count {args.count} is less than a batch of {args.batch}")
-    result = {"pictures": count, "batch": args.batch, **environment(CPU)}
+    result = {"pictures": count, "batch": args.batch, **machine(CPU)}
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
         stores = make_files(Path(folder), squares(args.pictures, count))
@@ -64,10 +67,14 @@ def main(argv=None) -> int:
         os.sched_setaffinity(0, {min(cores)})
         try:
             for kind in ("uint8", "float32"):
-                readers = {**ours(stores, args.batch, kind), **peers(Path(folder), stores["jpeg"], args.batch, kind)}
-                if kind == "uint8":
-                    readers |= limits(Path(folder), args.batch)
-                result[kind] = rates(readers, count, args.repeats)
+                result[kind] = {
+                    codec: rates(
+                        {THIS: ours(stores[codec], args.batch, kind),
+                         **peers(codec, Path(folder), stores["jpeg"], args.batch, kind),
+                         **(limits(codec, Path(folder), args.batch) if kind == "uint8" else {})},
+                        count, args.repeats,
+                    ) for codec in ("raw", "jpeg")
+                }
         finally:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(threads)
@@ -81,8 +88,10 @@ def main(argv=None) -> int:
 
 
 def rates(readers: dict, count: int, repeats: int) -> dict:
-    """Pictures a second of functions that read `count` pictures each; a reader that is a string says why it is none."""
-    times = interleaved({n: r for n, r in readers.items() if not isinstance(r, str)}, repeats, CPU)
+    """Pictures a second of functions whose batches are `count` pictures; a reader that is a string says why it is
+    none."""
+    calls = {n: lambda r=r: deque(r(), maxlen=0) for n, r in readers.items() if not isinstance(r, str)}
+    times = interleaved(calls, repeats, CPU)
     return {
         name: {"skipped": reader} if isinstance(reader, str)
         else {"images_per_second": count / statistics.median(times[name]), **milliseconds(times[name])}
@@ -118,7 +127,7 @@ def make_files(folder: Path, pictures: np.ndarray) -> dict[str, Store]:
     with tarfile.open(folder / "shard.tar", "w") as shard:
         for number, (picture, label) in enumerate(zip(pictures, labels.tolist(), strict=True)):
             coded = bytes(encode.payload(picture, "jpeg"))
-            file = folder / "tree" / str(label) / f"{number:06d}.jpg"
+            file = folder / "tree" / f"{label:03d}" / f"{number:06d}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(coded)
             for name, content in ((file.name, coded), (f"{file.stem}.cls", str(label).encode())):
@@ -139,84 +148,104 @@ def make_files(folder: Path, pictures: np.ndarray) -> dict[str, Store]:
 # ---------------------------------------------------------------------------------------------- one core
 
 
-def ours(stores: dict[str, Store], batch: int, kind: str) -> dict:
-    def reader(store: Store):
-        loader = Loader(store, "train", resident=False)
-        augment = Augment(CROP, store.mean.mean((0, 1), keepdims=True))
+def ours(store: Store, batch: int, kind: str):
+    """A function that gives an epoch's batches of this repository's loader: (pictures, labels)."""
+    loader = Loader(store, "train", resident=False)
+    augment = Augment(CROP, store.mean.mean((0, 1), keepdims=True))
 
-        def read() -> None:
-            tables, pictures = epoch_tables(0, 0, len(loader), STORED - CROP), None
-            plan = [tables.order[i : i + batch] for i in range(0, len(loader), batch)]
-            for samples, (crops, _) in zip(plan, loader.batches(plan, tables, CROP), strict=True):
-                if kind == "float32":
-                    pictures = augment.train(crops, tables.colour[samples], out=pictures)
+    def read():
+        tables, pictures = epoch_tables(0, 0, len(loader), STORED - CROP), None
+        plan = [tables.order[i : i + batch] for i in range(0, len(loader), batch)]
+        for samples, (crops, labels) in zip(plan, loader.batches(plan, tables, CROP), strict=True):
+            if kind == "float32":
+                pictures = augment.train(crops, tables.colour[samples], out=pictures)
+            yield crops if kind == "uint8" else pictures, labels
 
-        return read
-
-    return {RAW: reader(stores["raw"]), JPEG: reader(stores["jpeg"])}
+    return read
 
 
-def peers(folder: Path, store: Store, batch: int, kind: str) -> dict:
-    """Readers by name, or why they can't run here."""
-    found = {}
-    for decoder, tensors in DECODERS.items():
-        for name, make in ((FOLDER, image_folder), (WEB, web_dataset)):
-            try:
-                found[f"{name}, {decoder}"] = make(folder, batch, transform(store, kind, tensors), tensors)
-            except ImportError as error:
-                found[f"{name}, {decoder}"] = f"{error}; benchmarks/requirements.txt brings it"
+def peers(codec: str, folder: Path, store: Store, batch: int, kind: str) -> dict:
+    """Functions that give an epoch's batches, by name, or why they can't run here."""
+    found, mean = {}, torch.from_numpy(store.mean.mean((0, 1))).float()[:, None, None]
+    makers = {f"{name}, {decoder}": (make, decoder) for decoder in DECODERS
+              for name, make in ((FOLDER, image_folder), (WEB, web_dataset))}
+    for name, (make, decoder) in makers.items() if codec == "jpeg" else [(MAPPED, (mapped, None))]:
+        try:
+            batches = make(folder, batch, decoder)
+        except ImportError as error:
+            found[name] = f"{error}; benchmarks/requirements.txt brings it"
+            continue
+
+        def read(batches=batches):
+            for pictures, labels in batches:
+                yield pictures if kind == "uint8" else pictures.float().sub_(mean), labels
+
+        found[name] = read
     return found
 
 
-def transform(store: Store, kind: str, tensors: bool):
-    """torchvision's transforms for the same batches, of tensors (C, H, W) or of PIL pictures."""
+def transforms(decoder: str | None):
+    """torchvision's for the same pictures, of tensors (C, H, W) or of PIL's."""
     from torchvision.transforms import v2
 
-    steps = [v2.RandomCrop(CROP), v2.RandomHorizontalFlip()] + [v2.PILToTensor()] * (not tensors)
-    if kind == "float32":
-        steps += [v2.ToDtype(torch.float32), v2.Normalize(store.mean.mean((0, 1)).tolist(), [1.0, 1.0, 1.0])]
+    steps = [v2.RandomCrop(CROP), v2.RandomHorizontalFlip()] + [v2.PILToTensor()] * (decoder == "PIL")
     return v2.Compose(steps)
 
 
-def image_folder(folder: Path, batch: int, transforms, tensors: bool):
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-    from torchvision.io import decode_jpeg, read_file
-
-    more = {"loader": lambda path: decode_jpeg(read_file(path))} if tensors else {}
-    dataset = ImageFolder(str(folder / "tree"), transforms, **more)
-    batches = DataLoader(dataset, batch, shuffle=True)
-    return lambda: exhaust(batches)
-
-
-def web_dataset(folder: Path, batch: int, transforms, tensors: bool):
-    import webdataset
+def decoder_of(name: str):
+    """From a JPEG file's bytes to a picture."""
+    import simplejpeg
+    from PIL import Image
     from torchvision.io import decode_jpeg
 
-    def decode(coded: bytes):
-        return decode_jpeg(torch.frombuffer(bytearray(coded), dtype=torch.uint8))
+    return {
+        "PIL": lambda coded: Image.open(BytesIO(coded)).convert("RGB"),
+        "decode_jpeg": lambda coded: decode_jpeg(torch.frombuffer(bytearray(coded), dtype=torch.uint8)),
+        "simplejpeg": lambda coded: torch.from_numpy(simplejpeg.decode_jpeg(coded)).permute(2, 0, 1),
+    }[name]
+
+
+def image_folder(folder: Path, batch: int, decoder: str):
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    decode = decoder_of(decoder)
+    tree, transform = str(folder / "tree"), transforms(decoder)
+    dataset = ImageFolder(tree, transform, loader=lambda path: decode(Path(path).read_bytes()))
+    return DataLoader(dataset, batch, shuffle=True)
+
+
+def web_dataset(folder: Path, batch: int, decoder: str):
+    import webdataset
 
     dataset = webdataset.WebDataset(str(folder / "shard.tar"), shardshuffle=False).shuffle(1000)
-    if tensors:
-        dataset = dataset.to_tuple("jpg", "cls").map_tuple(decode, int)
-    else:
-        dataset = dataset.decode("pil").to_tuple("jpg", "cls")
-    batches = webdataset.WebLoader(dataset.map_tuple(transforms, int), batch_size=batch)
-    return lambda: exhaust(batches)
+    decode, transform = decoder_of(decoder), transforms(decoder)
+    dataset = dataset.to_tuple("jpg", "cls").map_tuple(lambda coded: transform(decode(coded)), int)
+    return webdataset.WebLoader(dataset, batch_size=batch)
 
 
-def exhaust(batches) -> None:
-    for _ in batches:
-        pass
+def mapped(folder: Path, batch: int, _decoder):
+    from torch.utils.data import DataLoader, Dataset
+
+    transform = transforms(None)
+
+    class Pixels(Dataset):
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+
+        def __len__(self) -> int:
+            return len(self.pixels)
+
+        def __getitem__(self, index: int):
+            return transform(torch.from_numpy(np.array(self.pixels[index])).permute(2, 0, 1)), index % CLASSES
+
+    return DataLoader(Pixels(), batch, shuffle=True)
 
 
-def limits(folder: Path, batch: int) -> dict:
-    """What no loader can beat: crops of bare pixels in a memory map, and the JPEG decoder without anything around."""
+def limits(codec: str, folder: Path, batch: int) -> dict:
+    """What no loader can beat: crops of bare pixels in a memory map, or the JPEG decoder without anything around."""
     import simplejpeg
 
-    files = sorted((folder / "tree").rglob("*.jpg"))
-
-    def memory_map() -> None:
+    def memory_map():
         pixels = np.load(folder / "pixels.npy", mmap_mode="r")
         tables = epoch_tables(0, 0, len(pixels), STORED - CROP)
         for start in range(0, len(pixels), batch):
@@ -225,15 +254,18 @@ def limits(folder: Path, batch: int) -> dict:
             for row, sample in enumerate(samples):
                 top, left = tables.offsets[sample]
                 crops[row] = pixels[sample, top : top + CROP, left : left + CROP]
+            yield crops
 
-    coded = [file.read_bytes() for file in files]
+    coded = [file.read_bytes() for file in sorted((folder / "tree").rglob("*.jpg"))]
     picture = np.empty((STORED, STORED, 3), np.uint8)
 
-    def decoder() -> None:
+    def decoder():
         for one in coded:
-            simplejpeg.decode_jpeg(one, buffer=picture)
+            yield simplejpeg.decode_jpeg(one, buffer=picture)
 
-    return {"limit of raw: a memory map, cropped, not mirrored": memory_map, "limit of JPEG: the decoder": decoder}
+    if codec == "raw":
+        return {"limit: a memory map, cropped, not mirrored": memory_map}
+    return {"limit: the decoder": decoder}
 
 
 # ---------------------------------------------------------------------------------------------- all cores
@@ -248,9 +280,9 @@ def resident(store: Store):
     tables = epoch_tables(0, 0, len(loader), 72 - 64)
     plan = [np.resize(tables.order, RESIDENT)[i : i + 128] for i in range(0, RESIDENT, 128)]
 
-    def read() -> None:
+    def read():
         for samples, (crops, _) in zip(plan, loader.batches(plan, tables, 64), strict=True):
-            augment.train(crops, tables.colour[samples])
+            yield augment.train(crops, tables.colour[samples])
 
     return read
 
@@ -288,12 +320,17 @@ def training(store: Store, size: int, batch: int, steps: int) -> dict:
 def report(result: dict) -> str:
     lines = [
         f"{result['pictures']} pictures of {STORED} x {STORED}, {result['kilobytes']:.0f} KB as JPEG, shuffled, "
-        f"{CROP} x {CROP} crops in batches of {result['batch']}; {result['device']}, torch {result['torch']}"
+        f"{CROP} x {CROP} crops in batches of {result['batch']}; {result['device']}, torch {result['torch']}, "
+        f"load {result['load']:.2f}"
     ]
-    for kind in ("uint8", "float32"):
-        slow = result[kind][f"{FOLDER}, PIL"].get("images_per_second")
-        lines.append(f"{kind} batches, one core: images/s, quartiles, times {FOLDER} with PIL")
-        lines += [line(name, entry, result["pictures"], slow) for name, entry in result[kind].items()]
+    for kind, codec in itertools.product(("uint8", "float32"), ("raw", "jpeg")):
+        found = result[kind][codec]
+        rivals = {name: entry["images_per_second"] for name, entry in found.items()
+                  if (name == MAPPED or "simplejpeg" in name) and "skipped" not in entry}
+        fastest = max(rivals, key=rivals.get, default=None)
+        lines.append(f"{kind} batches of {codec} records, one core: images/s, quartiles"
+                     + f", times '{fastest}'" * bool(fastest))
+        lines += [line(name, entry, result["pictures"], rivals.get(fastest)) for name, entry in found.items()]
     lines.append(f"all cores ({result['threads']} threads):")
     lines += [line(name, entry, RESIDENT, None) for name, entry in result["resident"].items()]
     for name, entry in result["training"].items():

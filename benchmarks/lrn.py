@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from benchmarks.timing import copy_rate, interleaved, milliseconds, pictures
-from checkpoints.run import environment
+from benchmarks.timing import copy_rate, interleaved, machine, milliseconds, pictures
 from kernels import FAST_LRN, TorchLRN, trouble_with_lrn
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet, LocalResponseNorm
 from utils import Parser, run_script, whole
@@ -28,7 +27,7 @@ TORCHS = "F.local_response_norm"
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
-    result = {"shape": [args.batch, 96, 55, 55], "dtype": args.dtype, **environment(device), "layouts": {}}
+    result = {"shape": [args.batch, 96, 55, 55], "dtype": args.dtype, **machine(device), "layouts": {}}
     x = activations(args.batch).to(device, getattr(torch, args.dtype))
     for name, layout in LAYOUTS.items():
         inputs = x.to(memory_format=layout, copy=True).requires_grad_()
@@ -89,7 +88,7 @@ def race(functions: dict, inputs: torch.Tensor, repeats: int) -> dict:
 def report(result: dict) -> str:
     limit = 1000 * result["bytes"] / result["copy_rate"]
     lines = [f"LRN forward + backward, {tuple(result['shape'])} {result['dtype']}, {result['device']}, "
-             f"{result['threads']} threads, torch {result['torch']}"]
+             f"{result['threads']} threads, torch {result['torch']}, load {result['load']:.2f}"]
     for layout, found in result["layouts"].items():
         for name, entry in found.items():
             if "skipped" in entry:

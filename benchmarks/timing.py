@@ -1,15 +1,22 @@
 """What the benchmarks share: turns, medians, and the limits that the machine sets."""
 
+import os
 import statistics
 import time
 
 import numpy as np
 import torch
 
+from checkpoints.run import environment
 from data import sources
 from kernels import trouble_with_dense
 
 GPU_CALLS = 20
+
+
+def machine(device: torch.device) -> dict:
+    """What it was measured on, and how busy that was."""
+    return environment(device) | {"load": os.getloadavg()[0]}
 
 
 def interleaved(contenders: dict, repeats: int, device: torch.device) -> dict[str, list[float]]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import loader, lrn, pack, step
+from benchmarks import infer, loader, lrn, pack, step
 from benchmarks.timing import interleaved, milliseconds, pictures
+from data.augment import Augment
 from data.store import open_record
 from model import AlexNet
 from utils import UserError
@@ -30,18 +31,38 @@ def test_turns_are_taken_and_the_first_is_not_counted():
 
 def test_step_in_processes_of_their_own(capsys):
     options = ["--size", "64", "--batch", "2", "--classes", "4", "--repeats", "3", "--device", "cpu"]
-    step.main([*options, "--only", "huge", "kernels off", "--json"])
+    names = ["usual module, fused SGD, huge pages", "this, --kernels off"]
+    step.main([*options, "--only", *names, "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert list(result["contenders"]) == ["usual module, huge pages", "this, --kernels off"]
+    assert list(result["contenders"]) == names
     for entry in result["contenders"].values():
         assert entry["n"] == 3
         assert entry["median_ms"] > 0
         assert 200 < entry["memory_mb"] < 1000  # 22 million weights, gradients and momenta are 260
-        assert all(entry["parts_ms"][part] > 0 for part in ("convolutions", "dense layers", "LRN", "max-pools"))
-    text = step.report(result | {"contenders": {"usual module": result["contenders"]["this, --kernels off"],
-                                                "this": {"skipped": "ImportError: no such thing"}}})
+    assert result["load"] >= 0
+
+
+def test_the_ratio_that_counts_is_against_the_fastest_form():
+    def entry(ms):
+        return {"median_ms": ms, "quartiles_ms": [ms, ms], "memory_mb": 1, "parts_ms": {"LRN": 3.0, "update": 1.0}}
+
+    found = {"usual module": entry(8), "usual module, fused SGD": {"skipped": "ImportError: no such thing"},
+             "usual module, fused SGD, huge pages": entry(6), "this": entry(4), "this, in fp32": entry(12),
+             "torchvision's alexnet (another net)": entry(1)}
+    text = step.report({"contenders": found, "size": 64, "batch": 2, "precision": "bf16", "device": "x", "threads": 1,
+                        "torch": "2", "load": 0.5, "flops": 3e9, "product_rate": 1e12})
+    lines = {line[:62].strip(): line[62:].split() for line in text.splitlines()}
+    assert lines["this"][-4:] == ["2.00", "1.50", "1", "75%"]
+    assert lines["this, in fp32"][-4:] == ["0.67", "0.50", "1", "-"]
     assert "skipped: ImportError: no such thing" in text
-    assert "where the time of 'usual module' goes" in text
+    assert "the fastest form of the usual module: usual module, fused SGD, huge pages" in text
+    assert "where the time of 'this' goes, ms: LRN 3.0 (75%), update 1.0 (25%)" in text
+
+
+def test_the_parts_of_a_step():
+    contender, args = step.Contender("plain"), Namespace(size=64, batch=2, classes=4, precision="fp32")
+    spent = step.parts(step.make_step(contender, args, CPU), CPU)
+    assert all(spent[part] > 0 for part in ("convolutions", "dense layers", "LRN", "max-pools"))
 
 
 class Pipe:
@@ -70,7 +91,8 @@ def test_every_kind_of_step_trains(kind, monkeypatch):
     """All its weights move, and the usual module has the weights of the paper's table."""
     make, nets = step.make_net, []
     monkeypatch.setattr(step, "make_net", lambda *a: nets.append(make(*a)) or nets[0])
-    train = step.make_step(step.Contender(kind), Namespace(size=64, batch=4, classes=4, precision="fp32"), CPU)
+    contender = step.Contender(kind, fused=kind != "torchvision")
+    train = step.make_step(contender, Namespace(size=64, batch=4, classes=4, precision="fp32"), CPU)
     before = [p.detach().clone() for p in nets[0].parameters()]
     train()
     assert nets[0].training
@@ -80,14 +102,42 @@ def test_every_kind_of_step_trains(kind, monkeypatch):
 
 
 def test_who_takes_part(monkeypatch):
-    """What is for GPUs only stays away from a CPU; a word that no name holds is an error."""
+    """The usual module in all its forms, pages of 2 MB on a CPU only; fp32 beside bf16; a word that no name holds is an
+    error."""
     asked = []
-    monkeypatch.setattr(step, "race", lambda names, *_: asked.extend(names) or {})
+    monkeypatch.setattr(step, "race", lambda names, *_: asked.append(names) or {})
     monkeypatch.setattr(step, "product_rate", lambda *_: 1.0)
-    step.main(["--size", "64", "--batch", "2", "--device", "cpu", "--json"])
-    assert asked == [name for name, contender in step.CONTENDERS.items() if contender.only != "cuda"]
+    for precision in ("fp32", "bf16"):
+        step.main(["--size", "64", "--batch", "2", "--device", "cpu", "--precision", precision, "--json"])
+    assert sum(name.startswith("usual module, fused") for name in asked[0]) == 2**3
+    assert asked[0] == [name for name in step.CONTENDERS if "in fp32" not in name]
+    assert asked[1] == list(step.CONTENDERS)
     with pytest.raises(UserError, match="no contender has that in its name"):
         step.main(["--only", "caffe", "--device", "cpu"])
+
+
+def test_infer(capsys):
+    """This repository and the peer take the same views to the same probabilities, if they have the same weights."""
+    infer.main(["--size", "64", "--batches", "2", "3", "--classes", "4", "--repeats", "3", "--device", "cpu",
+                "--only", "this", "torchvision", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    for protocol in ("center", "ten-crop"):
+        assert list(result["images_per_second"][protocol]) == ["2", "3"]
+        for found in result["images_per_second"][protocol].values():
+            assert list(found) == ["this", "this, --kernels off", "torchvision's alexnet (another net)"]
+            assert all(entry["images_per_second"] > 0 for entry in found.values())
+    found["usual module"], found["this, --kernels off"] = found["this"], {"skipped": "ImportError: no such thing"}
+    text = infer.report(result)
+    assert "skipped: ImportError: no such thing" in text
+    assert re.search(r"  this +[\d.]+ +[\d.]+\.\.[\d.]+  1.00", text)
+    net = AlexNet(4, image_size=64).eval()
+    floats = pictures(2, 72)
+    raw = (floats + 128).clamp(0, 255).byte()
+    augment = Augment(64, torch.full((72, 72, 3), 128.0))
+    for ten_crop in (False, True):
+        mine = infer.ours(net, augment, raw.permute(0, 2, 3, 1), ten_crop, "fp32")()
+        same = infer.theirs(net, raw.float() - 128, ten_crop, Namespace(size=64, precision="fp32"))()
+        torch.testing.assert_close(mine.float(), same, rtol=1e-4, atol=1e-6)
 
 
 def test_the_operations_of_a_step_are_counted_as_by_hand():
@@ -120,9 +170,36 @@ def test_loader(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     loader.main(["--count", "100", "--batch", "16", "--repeats", "3"])
     text = capsys.readouterr().out
-    assert len(re.findall(r"skipped: .*webdataset.*; benchmarks/requirements.txt brings it", text)) == 4
-    assert text.count("this, JPEG records") == text.count("ImageFolder + v2, decode_jpeg") == 2
+    assert len(re.findall(r"skipped: .*webdataset.*; benchmarks/requirements.txt brings it", text)) == 6
+    assert text.count("  this  ") == 4
+    assert text.count("  ImageFolder + v2, decode_jpeg") == 2
+    assert text.count("times 'DataLoader + v2 of a memory map'") == 2
+    assert text.count("times 'ImageFolder + v2, simplejpeg'") == 2
     assert "2.0 ms a step, 2.0 ms on one fixed batch: +0.0%" in text
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_peers_read_the_same_pictures(kind, tmp_path, monkeypatch):
+    """Each picture once, with its label, as it is or mirrored; crops are as large as the pictures here. PIL and
+    torchvision decode to pixels up to 3 of 255 away."""
+    monkeypatch.setattr(loader, "CROP", loader.STORED)
+    made = loader.squares(None, 24)
+    stores = loader.make_files(tmp_path, made)
+    for codec in ("raw", "jpeg"):
+        readers = {"this": loader.ours(stores[codec], 8, kind)}
+        readers |= loader.peers(codec, tmp_path, stores["jpeg"], 8, kind)
+        found = {name: {} for name in readers if not isinstance(readers[name], str)}
+        for name, seen in found.items():
+            for batch, labels in readers[name]():
+                assert batch.dtype == getattr(torch, kind)
+                last = batch if batch.shape[3] == 3 else batch.permute(0, 2, 3, 1)
+                seen |= {label: p.float() for label, p in zip(labels.tolist(), last.clone(), strict=True)}
+            assert sorted(seen) == list(range(24))
+            for label, picture in seen.items():
+                right = found["this"][label]
+                near = min((picture - p).abs().max().item() for p in (right, right.flip(1)))
+                assert near <= (0.01 if "simplejpeg" in name or codec == "raw" else 3), (name, label)
 
 
 def test_more_in_a_batch_than_there_are(capsys):
@@ -148,12 +225,12 @@ def test_the_loaders_peers_get_the_same_bytes(tmp_path):
     assert np.array_equal(stores["raw"].split("train").read(np.arange(12))[0], np.load(tmp_path / "pixels.npy"))
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float32"])
-def test_the_loaders_peers_make_the_same_kind_of_crops(kind, store):
+def test_the_loaders_peers_make_the_same_crops():
     picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    for tensors, given in ((True, torch.from_numpy(picture).permute(2, 0, 1)), (False, Image.fromarray(picture))):
-        crop = loader.transform(store, kind, tensors)(given)
-        assert (tuple(crop.shape), crop.dtype) == ((3, 224, 224), getattr(torch, kind))
+    given = {"PIL": Image.fromarray(picture), "simplejpeg": torch.from_numpy(picture).permute(2, 0, 1)}
+    for decoder, one in given.items():
+        crop = loader.transforms(decoder)(one)
+        assert (tuple(crop.shape), crop.dtype) == ((3, 224, 224), torch.uint8)
 
 
 def test_training_from_a_store_and_on_one_batch(store):

@@ -19,6 +19,19 @@ class Evil:
         return os.mkdir, (os.environ["EVIL_FOLDER"],)
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+], ids=lambda error: type(error).__name__)
+def test_too_little_memory_is_not_damage(error, run_folder, monkeypatch):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(UserError, match=r"best.pt: cpu has too little free memory to load it$"):
+        checkpoints.load_checkpoint(run_folder / "best.pt")
+
+
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))

@@ -1,6 +1,7 @@
 """data/loader.py: the same batches however they are read."""
 
 import os
+import re
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from data.augment import epoch_tables
-from data.loader import RESIDENT_BYTES, Loader, default_workers
+from data.loader import RESIDENT_BYTES, SHARED, Loader, default_workers
 from data.store import Store
 from utils import UserError
 
@@ -104,3 +105,14 @@ def test_damage_met_while_streaming_is_one_line(jpeg_store, tmp_path, workers):
     with pytest.raises(UserError, match=r"picture \d+: the record's checksum") as caught:
         list(Loader(Store(copy), "train", workers=workers, resident=False).batches(np.split(np.arange(96), 4)))
     assert "\n" not in str(caught.value)
+
+
+def test_too_little_shared_memory_is_told(store, monkeypatch):
+    """Two batches ahead for each worker; no word where there are no workers, or nothing to stream."""
+    free = shutil.disk_usage(SHARED).free
+    streamed = Loader(store, "train", workers=3, resident=False)
+    assert streamed.shared_memory_trouble(free // 7) == ""
+    assert re.fullmatch(r"3 workers need .* MB of /dev/shm and .* MB are free: .* --shm-size",
+                        streamed.shared_memory_trouble(free // 5))
+    assert Loader(store, "train", workers=3).shared_memory_trouble(free) == ""
+    assert Loader(store, "train", resident=False).shared_memory_trouble(free) == ""

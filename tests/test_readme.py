@@ -22,6 +22,7 @@ PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
     "studies.ablations": "studies.ablations", "studies.frelu": "studies.frelu", "studies.figures": "studies.figures",
     "benchmarks.step": "benchmarks.step", "benchmarks.lrn": "benchmarks.lrn",
+    "benchmarks.infer": "benchmarks.infer",
     "benchmarks.loader": "benchmarks.loader", "benchmarks.pack": "benchmarks.pack",
     "checkpoints.convert": "checkpoints.convert",
 }

@@ -48,6 +48,16 @@ def test_ten_crops_and_ensembles(run_folder, capsys):
     assert twice["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
+def test_bf16_when_asked_for(run_folder, capsys):
+    """fp32 otherwise; about the same loss, but not the same."""
+    exact = run_json(capsys, run_folder / "best.pt")
+    rounded = run_json(capsys, run_folder / "best.pt", "--precision", "bf16")
+    assert (exact["precision"], rounded["precision"]) == ("fp32", "bf16")
+    assert 0 < abs(rounded["loss"] / exact["loss"] - 1) < 0.02
+    test.main([str(run_folder / "best.pt"), "--precision", "bf16"])
+    assert "centre crop; 1 model; bf16\n" in capsys.readouterr().out
+
+
 def test_the_report_is_readable(run_folder, capsys):
     test.main([str(run_folder / "best.pt"), "--ten-crop", "--per-class"])
     out = capsys.readouterr().out
