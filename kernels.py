@@ -1,6 +1,6 @@
 """Faster versions of model.py's formulas, and accelerate(net), which swaps them in:
 
-    LRN             on a CPU kernels.c, compiled when it is first needed (a third of a second), for float32 and
+    LRN             on a CPU kernels.c, compiled when it is first needed (about a second), for float32 and
                     bfloat16; on a GPU Triton, for these and float16; otherwise torch's operations, with the derivative
                     written out and, on a CPU, in pieces that stay in the cache
     dense layers    on a CPU oneDNN's product instead of MKL's, which leaves half of an AMD processor unused; float32

@@ -229,12 +229,12 @@ def name_pictures(args, paths: list[Path], device) -> None:
     if any(model.classes != classes for model, _ in loaded):
         raise UserError("these checkpoints have different classes and are no ensemble")
     members = [
-        (model, lambda picture, prepare=prepare: prepare(picture, True) if args.ten_crop else [prepare(picture)])
+        (model, lambda picture, see=prepare: [torch.cat(see(picture, True)) if args.ten_crop else see(picture)])
         for model, prepare in loaded
     ]
     for name in args.images:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            outputs = utils.probabilities(members, open_picture(Path(name)))
+            outputs = utils.probabilities(members, [open_picture(Path(name))])
         best = outputs[0].topk(min(5, len(classes)))
         found = [(classes[label], chance) for chance, label in zip(*(b.tolist() for b in best), strict=True)]
         if args.json:

@@ -171,14 +171,14 @@ def error_counts(scores, labels):
 
 
 def probabilities(members, images):
-    """(n, classes) float64: the softmax outputs for a batch, averaged over views and members (paper, sections 4.1 and
-    6). members: (net, views) pairs, the nets in eval mode; views(images) gives a net's inputs, one or ten a picture;
-    several members are an ensemble."""
+    """(n, classes) float64: the softmax outputs for n images, averaged over views and members (paper, sections 4.1 and
+    6). members: (net, views) pairs, the nets in eval mode; views(images) gives a net's inputs, of one view of all
+    images or of several, one after the other; several members are an ensemble."""
     import torch
 
     with torch.no_grad():
         outputs = [net(inputs).double().softmax(1) for net, views in members for inputs in views(images)]
-    return sum(outputs) / len(outputs)
+    return torch.cat(outputs).unflatten(0, (-1, len(images))).mean(0)
 
 
 def score(probabilities, labels):

@@ -5,6 +5,7 @@ of workers or processes, nor on where a run was stopped and resumed.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from data.store import Crops
 
 COLOURS = ("2012", "paper", "off")
+AT_ONCE = 128  # pictures that a net looks at together in testing
 NOISE = 0.1  # standard deviation of the colour noise's factors (paper, section 4.1)
 
 
@@ -100,8 +102,11 @@ class Augment:
                 yield self._view(images, top, left, mirrored)
 
     def views(self, images: Tensor, ten_crop: bool = False):
-        """What a net looks at in testing: the ten inputs a picture, or the centre crops alone."""
-        return self.ten_crop(images) if ten_crop else [self.center(images)]
+        """What a net looks at in testing: the ten inputs a picture, or the centre crops alone; of few pictures several
+        views at a time, one after the other, since a net is slow with small batches."""
+        views = iter(self.ten_crop(images) if ten_crop else [self.center(images)])
+        while group := list(islice(views, max(1, AT_ONCE // len(images)))):
+            yield torch.cat(group) if len(group) > 1 else group[0]
 
     def _view(self, images: Tensor, top: int, left: int, mirrored: bool) -> Tensor:
         crop = images[:, top : top + self.size, left : left + self.size]

@@ -165,3 +165,18 @@ def test_colour_noise_is_the_sources(colour):
         shift = vectors.T @ (0.1 * tables.colour[row] * scale)
         expected = (crops[row] + shift) / (1.1 if colour == "2012" else 1)
         np.testing.assert_allclose(ours[row].permute(1, 2, 0), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [10]), (12, [120]), (13, [117, 13]), (60, [120] * 5), (200, [200] * 10)]
+)
+def test_views_of_few_pictures_come_together(count, sizes):
+    """At most 128 pictures at a time, unless one view has more; each view whole, in the order of ten_crop."""
+    images = torch.randint(0, 256, (count, 9, 8, 3), dtype=torch.uint8)
+    augment = Augment(5, np.zeros((9, 8, 3), np.float32))
+    batches = list(augment.views(images, ten_crop=True))
+    assert [len(inputs) for inputs in batches] == sizes
+    assert torch.equal(torch.cat(batches), torch.cat(list(augment.ten_crop(images))))
+    assert all(inputs.is_contiguous(memory_format=torch.channels_last) for inputs in batches)
+    (center,) = augment.views(images)
+    assert torch.equal(center, augment.center(images))
