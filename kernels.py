@@ -1,9 +1,10 @@
 """Faster versions of model.py's formulas, and accelerate(net), which swaps them in:
 
-    LRN             on a CPU kernels.c, compiled when it is first needed (about a second), for float32 and
-                    bfloat16; on a GPU Triton, for these and float16; otherwise torch's operations, with the derivative
-                    written out and, on a CPU, in pieces that stay in the cache
-    dense layers    on a CPU oneDNN's product instead of MKL's, which leaves half of an AMD processor unused; float32
+    LRN             on a CPU kernels.c, compiled when it is first needed (about a second), for float32 and bfloat16; on
+                    a GPU Triton, for these and float16; otherwise torch's operations, with the derivative written out
+                    and, on a CPU, in pieces that stay in the cache
+    dense layers    on a CPU oneDNN's product instead of MKL's, which leaves half of an AMD processor with AVX-512
+                    unused (without it both are as fast); float32
     dropout         on a CPU masks of random bits, in a twentieth of bernoulli_'s time
     FReLU, SReLU    the derivative written out: like a ReLU, they keep their output alone
     ReLU, ELU       in place, in an AlexNet: no other layer of it needs what they overwrite
