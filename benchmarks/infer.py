@@ -15,7 +15,7 @@ import torch
 
 import utils
 from benchmarks.step import make_net
-from benchmarks.timing import interleaved, machine, milliseconds, pictures
+from benchmarks.timing import add_net_options, add_options, chosen, interleaved, machine, milliseconds, pictures
 from data.augment import Augment
 from kernels import accelerate
 from utils import Parser, run_script, whole
@@ -37,10 +37,7 @@ def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
     utils.no_tf32()
-    forms = {name: form for name, form in FORMS.items() if not args.only or any(word in name for word in args.only)}
-    if not forms:
-        raise utils.UserError(f"--only {' '.join(args.only)}: no contender has that in its name")
-    nets = {name: make(*form, args, device) for name, form in forms.items()}
+    nets = {name: make(*form, args, device) for name, form in chosen(FORMS, args.only).items()}
     result = {"size": args.size, "precision": args.precision, **machine(device), "images_per_second": {}}
     for protocol, ten_crop in PROTOCOLS.items():
         for batch in args.batches:
@@ -132,16 +129,10 @@ def report(result: dict) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.infer", description="Time testing against its peers.")
-    parser.add_argument("--size", type=whole(63), default=224, metavar="N", help="pixels a side (default: %(default)s)")
     parser.add_argument("--batches", type=whole(1), nargs="+", default=[1, 8, 128], metavar="N",
                         help="pictures at a time (default: 1 8 128)")
-    parser.add_argument("--classes", type=whole(1), default=1000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                        help="bf16: autocast, for all of them (default: %(default)s)")
-    parser.add_argument("--repeats", type=whole(3), default=9, metavar="N", help="timed rounds (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only contenders whose names hold one of these words")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    add_net_options(parser)
+    add_options(parser)
     return parser
 
 

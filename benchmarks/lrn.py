@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from benchmarks.timing import copy_rate, interleaved, machine, milliseconds, pictures
+from benchmarks.timing import add_options, copy_rate, interleaved, machine, milliseconds, pictures
 from kernels import FAST_LRN, TorchLRN, trouble_with_lrn
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet, LocalResponseNorm
 from utils import Parser, run_script, whole
@@ -113,9 +113,7 @@ def make_parser() -> Parser:
     parser.add_argument("--batch", type=whole(2), default=64, help="pictures (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="default: %(default)s")
-    parser.add_argument("--repeats", type=whole(3), default=9, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    add_options(parser)
     return parser
 
 

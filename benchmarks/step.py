@@ -26,12 +26,21 @@ import torch
 from torch import nn
 
 import utils
-from benchmarks.timing import machine, milliseconds, pictures, product_rate, timed
+from benchmarks.timing import (
+    add_net_options,
+    add_options,
+    chosen,
+    machine,
+    milliseconds,
+    pictures,
+    product_rate,
+    timed,
+)
 from kernels import accelerate
 from model import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, AlexNet
 from recipe import make_optimizer
 from train import train_step
-from utils import Parser, UserError, run_script, whole
+from utils import Parser, run_script, whole
 
 
 class Contender(NamedTuple):
@@ -71,14 +80,12 @@ PARTS = {  # what a profile's operators are part of, by a piece of their names
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
-    names = [
-        name for name, contender in CONTENDERS.items()
-        if (device.type == "cpu" or contender.net != "usual" or not contender.huge_pages)
-        and (args.precision != "fp32" or not contender.fp32)
-        and (not args.only or any(word in name for word in args.only))
-    ]
-    if not names:
-        raise UserError(f"--only {' '.join(args.only)}: no contender has that in its name")
+    able = {
+        name: one for name, one in CONTENDERS.items()
+        if (device.type == "cpu" or one.net != "usual" or not one.huge_pages)
+        and (args.precision != "fp32" or not one.fp32)
+    }
+    names = list(chosen(able, args.only))
     result = {"size": args.size, "batch": args.batch, "precision": args.precision, **machine(device)}
     result["contenders"] = race(names, args, device)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -296,15 +303,9 @@ def report(result: dict) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.step", description="Time a training step against its peers.")
-    parser.add_argument("--size", type=whole(63), default=224, metavar="N", help="pixels a side (default: %(default)s)")
     parser.add_argument("--batch", type=whole(1), default=64, metavar="N", help="pictures (default: %(default)s)")
-    parser.add_argument("--classes", type=whole(1), default=1000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                        help="bf16: autocast, for all of them (default: %(default)s)")
-    parser.add_argument("--repeats", type=whole(3), default=9, metavar="N", help="timed steps (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only contenders whose names hold one of these words")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    add_net_options(parser)
+    add_options(parser)
     return parser
 
 

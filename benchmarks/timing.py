@@ -10,8 +10,33 @@ import torch
 from checkpoints.run import environment
 from data import sources
 from kernels import trouble_with_dense
+from utils import UserError, whole
 
 GPU_CALLS = 20
+
+
+def add_options(parser) -> None:
+    """What every benchmark on a device takes."""
+    parser.add_argument("--repeats", type=whole(3), default=9, metavar="N", help="timed rounds (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+
+
+def add_net_options(parser) -> None:
+    """What benchmarks of nets take besides."""
+    parser.add_argument("--size", type=whole(63), default=224, metavar="N", help="pixels a side (default: %(default)s)")
+    parser.add_argument("--classes", type=whole(1), default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                        help="bf16: autocast, for all of them (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only contenders whose names hold one of these words")
+
+
+def chosen(contenders: dict, words: list[str] | None) -> dict:
+    """The contenders whose names hold one of the words, or all."""
+    found = {name: one for name, one in contenders.items() if not words or any(word in name for word in words)}
+    if not found:
+        raise UserError(f"--only {' '.join(words)}: no contender has that in its name")
+    return found
 
 
 def machine(device: torch.device) -> dict:
