@@ -53,12 +53,25 @@ def resumed(args: Namespace, given: dict) -> Namespace:
     stored = read_config(last.parent)["arguments"]
     for name, value in given.items():
         if name not in CHANGEABLE and value not in (stored.get(name), "auto"):
-            raise UserError(
-                f"{last.parent} was started with {name} {stored.get(name)}, not {value}; "
-                "leave the option out, or start a new run"
-            )
+            raise UserError(f"{worded(name, value)}: {last.parent} was started {before(name, stored.get(name))}; leave "
+                            "the option out, or start a new run")
     changed = {name: value for name, value in given.items() if name in CHANGEABLE}
     return Namespace(**{**vars(args), **stored, **changed, "out": last.parent, "resume": True})
+
+
+def flag(name: str) -> str:
+    """The option that sets args.NAME: --no-overlap for overlapping_pool."""
+    return next(action.option_strings[0] for action in make_parser()._actions if action.dest == name)
+
+
+def worded(name: str, value) -> str:
+    """An option as it was given: "--columns 2", "--no-lrn"."""
+    return flag(name) if isinstance(value, bool) else f"{flag(name)} {value}"
+
+
+def before(name: str, value) -> str:
+    """How a run had an option that is given otherwise now: "with --columns 2", "without --no-lrn"."""
+    return f"{'without' if isinstance(value, bool) else 'with'} {worded(name, value)}"
 
 
 def take_over_net(args: Namespace, given: dict) -> None:
@@ -66,9 +79,9 @@ def take_over_net(args: Namespace, given: dict) -> None:
     config = checkpoints.load_checkpoint(args.init)["config"]
     for name in NET:
         if name in given and given[name] != config.get(name):
-            theirs = f"its {name} is {config[name]}" if name in config else f"its net has no {name}"
-            raise UserError(f"--init {args.init} brings the options of its net with it: {theirs}, not {given[name]}; "
-                            "leave that option out")
+            theirs = f"was made {before(name, config[name])}" if name in config else "has no such option"
+            raise UserError(f"{worded(name, given[name])}: the net of --init {args.init} {theirs}, and brings its "
+                            "options with it; leave this one out")
         setattr(args, name, config.get(name))
 
 

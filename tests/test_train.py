@@ -250,8 +250,9 @@ def test_init_brings_the_nets_options_with_it(store, tmp_path, capsys):
     resume(tmp_path / "second", "--max-steps", 2)
     assert load(tmp_path / "second" / "last.pt")["step"] == 2
     for option, value, named in (
-        ("--columns", 1, "its columns is 2, not 1"), ("--no-lrn", None, "its lrn is True, not False"),
-        ("--image-size", 64, "its image_size is 67, not 64"), ("--activation", "relu", "its activation is tanh"),
+        ("--columns", 1, "^--columns 1: the net of .* was made with --columns 2, and"),
+        ("--no-lrn", None, "^--no-lrn: the net of .* was made without --no-lrn, and"),
+        ("--image-size", 64, "made with --image-size 67"), ("--activation", "relu", "made with --activation tanh"),
     ):
         with pytest.raises(UserError, match=named):
             run(store, tmp_path / "third", "--init", best, option, *([value] if value else []))
