@@ -85,6 +85,7 @@ def main(argv=None) -> int:
 def fit(run: Training, watch: "Watch") -> int:
     """Train until the schedule, --epochs, --max-steps or a signal ends it. Returns the exit status."""
     args, device = run.args, watch.device
+    # Rounded up, so that no process is left without a worker.
     train, val = (Loader(run.store, split, device, -(-args.workers // watch.world)) for split in ("train", "val"))
     inputs = training_inputs(args, run.store, device)
     watch.warn(train.shared_memory_trouble(args.batch_size * args.image_size**2 * 3))
