@@ -470,8 +470,8 @@ if triton:
     @triton.jit
     def _near(x, at, p, c, shift, pixels, channels, column, channel_stride):
         """x in float32, `shift` channels further on; 0 beyond the picture and the column."""
-        there = c + shift
-        inside = (p < pixels) & (there >= 0) & (there < channels) & ((there + column) // column == c // column + 1)
+        there, first = c + shift, c - c % column
+        inside = (p < pixels) & (there < channels) & (there >= first) & (there < first + column)
         return tl.load(x + at + shift * channel_stride, mask=inside, other=0).to(tl.float32)
 
     @triton.jit

@@ -145,6 +145,8 @@ def contend(connection, name: str, args, device: torch.device) -> None:
                 step = make_step(contender, args, device)
                 for _ in range(3):
                     step()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # the next contender finds the memory free
                 connection.send(None)
             elif word == "step":
                 connection.send(timed(step, device))
