@@ -3,6 +3,7 @@ archives) and HDF5 files; trees.py has folders and lists, imagenet.py ImageNet's
 
 import gzip
 import os
+import tarfile
 import threading
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ import numpy as np
 
 from data import imagenet
 from data.trees import Source, Split, caffe_lists, image_folder
-from utils import UserError, shown
+from utils import UserError, one_line, shown
 
 NAMED = ("cifar10", "cifar100", "fashion-mnist", "sample")
 DOWNLOADS = Path(__file__).parent / "downloads"
@@ -24,6 +25,14 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's pac
 VALIDATION = 5000  # training images that a named small set gives up for validation
 VALIDATION_SEED = 2012
 PROBE_SECONDS = 5
+# The binary form of CIFAR: folder, archive, each split's files, the names; bytes of labels before a picture's pixels,
+# of which the last is taken (CIFAR-100 has the coarse one first).
+CIFAR_BINARY = {
+    "cifar10": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", [f"data_batch_{n}.bin" for n in range(1, 6)],
+                ["test_batch.bin"], "batches.meta.txt", 1),
+    "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz", ["train.bin"], ["test.bin"],
+                 "fine_label_names.txt", 2),
+}
 SMALL_HDF5 = 2**28  # bytes of a dataset that is read at once
 
 
@@ -100,6 +109,9 @@ def _cifar(name: str, download: bool) -> Source:
         # A whole archive that is there is unpacked; nothing is fetched then.
         train = load(True, fetch=check_integrity(str(DOWNLOADS / kind.filename), kind.tgz_md5))
     except RuntimeError:  # not there, or its checksum is wrong
+        binary = _cifar_binary(name)
+        if binary:
+            return binary
         _fetch(name, kind.url, download, lambda: load(True, fetch=True), [DOWNLOADS])
         train = load(True)
     test = load(False)
@@ -109,6 +121,41 @@ def _cifar(name: str, download: bool) -> Source:
         Split(train.data, np.asarray(train.targets, np.int64)),
         Split(test.data, np.asarray(test.targets, np.int64)),
     )
+
+
+def _cifar_binary(name: str) -> Source | None:
+    """CIFAR in its official binary form, the same records in the same order; None where it is not on disk."""
+    folder, archive, train, test, names, labels = CIFAR_BINARY[name]
+    place = next((p for p in (DOWNLOADS / folder, DOWNLOADS / archive) if p.exists()), None)
+    if place is None:
+        return None
+    try:
+        files = _read_files(place, folder, [*train, *test, names])
+    except (OSError, KeyError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{shown(place)} cannot be read ({one_line(error)}); remove it, or fetch it again") from None
+    classes = files[names].decode(errors="replace").split()
+
+    def split(parts: list[str]) -> Split:
+        records = np.frombuffer(b"".join(files[part] for part in parts), np.uint8)
+        try:
+            records = records.reshape(-1, labels + 3 * 32 * 32)
+        except ValueError:
+            raise UserError(f"{shown(place)} is damaged: {', '.join(parts)} do not hold whole records") from None
+        truth = records[:, labels - 1].astype(np.int64)
+        if not len(truth) or truth.max() >= len(classes):
+            raise UserError(f"{shown(place)} is damaged: {', '.join(parts)} have labels beyond the names in {names}")
+        pictures = records[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # stored as red, green, blue planes
+        return Split(np.ascontiguousarray(pictures), truth)
+
+    return _small(name, classes, split(train), split(test))
+
+
+def _read_files(place: Path, folder: str, names: list[str]) -> dict[str, bytes]:
+    """Files of a folder, or of that folder in a tar archive, by name."""
+    if place.is_dir():
+        return {name: (place / name).read_bytes() for name in names}
+    with tarfile.open(place) as tar:
+        return {name: tar.extractfile(f"{folder}/{name}").read() for name in names}
 
 
 def _fashion_mnist(download: bool) -> Source:
@@ -145,7 +192,8 @@ def _idx(path: Path) -> np.ndarray:
 def _fetch(name: str, url: str, allowed: bool, fetch, places: list[Path]) -> None:
     """Download a named set after a probe of its server, or raise Unavailable with the reason."""
     where = " or ".join(shown(place) for place in places)
-    way_out = f"put {'its four .gz files' if name == 'fashion-mnist' else url} into {shown(places[0])}"
+    what = "its four .gz files" if name == "fashion-mnist" else f"{url}, or its binary version,"
+    way_out = f"put {what} into {shown(places[0])}"
     if not allowed:
         raise Unavailable(f"{name} is not in {where}, and --download no forbids fetching it; {way_out}")
     reason = _unreachable(url)

@@ -9,6 +9,7 @@ import socket
 import struct
 import tarfile
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -84,6 +85,68 @@ def test_cifar_archives(name, tmp_path, monkeypatch, no_network):
     assert (store.size, store.codec, len(store.classes)) == (72, "raw", 10 if name == "cifar10" else 100)
     pixels, _ = store.split("test").read(np.arange(10))
     assert np.array_equal(pixels[3], to_square(source.splits["test"].pictures[3], 72))
+
+
+def cifar_binary(name: str, members: dict, folder: Path) -> None:
+    """The same records in the official binary form, as a folder: labels (CIFAR-100: coarse, fine), then the pixels."""
+    place, _, train, test, names, labels = sources.CIFAR_BINARY[name]
+    (folder / place).mkdir()
+    for file in [*train, *test]:
+        batch = members[file.removesuffix(".bin")]
+        fine = np.array(batch[b"fine_labels" if name == "cifar100" else b"labels"], np.uint8)[:, None]
+        coarse = np.full_like(fine, 7)[:, : labels - 1]
+        np.hstack([coarse, fine, batch[b"data"]]).tofile(folder / place / file)
+    count = 100 if name == "cifar100" else 10
+    (folder / place / names).write_text("\n".join(f"class-{n}" for n in range(count)) + "\n\n")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_binary_form_has_the_same_records(name, packed, tmp_path, monkeypatch, no_network):
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    downloads = tmp_path / "downloads"
+    members = cifar_archive(kind, downloads, monkeypatch)
+    python_form = sources.find(name)
+    shutil.rmtree(downloads / kind.base_folder)
+    (downloads / kind.filename).unlink()
+    cifar_binary(name, members, downloads)
+    if packed:
+        folder, archive, *_ = sources.CIFAR_BINARY[name]
+        with tarfile.open(downloads / archive, "w:gz") as tar:
+            tar.add(downloads / folder, folder)
+        shutil.rmtree(downloads / folder)
+    source = sources.find(name, download=False)
+    for split, part in python_form.splits.items():
+        assert np.array_equal(source.splits[split].pictures, part.pictures)
+        assert np.array_equal(source.splits[split].labels, part.labels)
+    assert source.classes[3] == "class-3"
+    assert source.size == 72
+
+
+@pytest.mark.parametrize("harm", ["short", "labels", "missing", "torn archive", "no archive at all"])
+def test_a_damaged_binary_form_is_one_line(harm, tmp_path, monkeypatch, no_network):
+    downloads = tmp_path / "downloads"
+    members = cifar_archive(datasets.CIFAR10, downloads, monkeypatch)
+    (downloads / datasets.CIFAR10.filename).unlink()
+    cifar_binary("cifar10", members, downloads)
+    folder, archive, *_ = sources.CIFAR_BINARY["cifar10"]
+    file = downloads / folder / "data_batch_2.bin"
+    content = file.read_bytes()
+    if harm == "short":
+        file.write_bytes(content[:-1])
+    elif harm == "labels":
+        file.write_bytes(b"\x0a" + content[1:])
+    elif harm == "missing":
+        file.unlink()
+    else:
+        with tarfile.open(downloads / archive, "w:gz") as tar:
+            tar.add(downloads / folder, folder)
+        shutil.rmtree(downloads / folder)
+        whole = (downloads / archive).read_bytes()
+        (downloads / archive).write_bytes(whole[: len(whole) // 2] if harm == "torn archive" else b"<html>")
+    with pytest.raises(UserError, match=r"cifar-10-(batches-bin|binary.tar.gz) (is damaged|cannot be read)") as caught:
+        sources.find("cifar10")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_torn_cifar_archive_is_not_taken_and_nothing_is_fetched(tmp_path, monkeypatch, no_network):
