@@ -66,12 +66,14 @@ def flag(name: str) -> str:
 
 def worded(name: str, value) -> str:
     """An option as it was given: "--columns 2", "--no-lrn"."""
-    return flag(name) if isinstance(value, bool) else f"{flag(name)} {value}"
+    if value is None or isinstance(value, bool):
+        return flag(name)
+    return " ".join([flag(name), *map(str, value if isinstance(value, list) else [value])])
 
 
 def before(name: str, value) -> str:
     """How a run had an option that is given otherwise now: "with --columns 2", "without --no-lrn"."""
-    return f"{'without' if isinstance(value, bool) else 'with'} {worded(name, value)}"
+    return f"{'without' if value is None or isinstance(value, bool) else 'with'} {worded(name, value)}"
 
 
 def take_over_net(args: Namespace, given: dict) -> None:
@@ -150,9 +152,12 @@ def _add_training(group) -> None:
     group.add_argument("--momentum", type=number(0, 1, True), default=0.9, metavar="X", help="default: %(default)s")
     group.add_argument("--weight-decay", type=number(0, including=True), default=5e-4, metavar="X",
                        help="default: %(default)s")
-    group.add_argument("--patience", type=whole(1), metavar="N",
-                       help="epochs without a lower validation error until the learning rate is divided by 10 "
-                       "(default: 5; sample: 2)")
+    drop = group.add_mutually_exclusive_group()
+    drop.add_argument("--patience", type=whole(1), metavar="N",
+                      help="epochs without a lower validation error until the learning rate is divided by 10 "
+                      "(default: 5; sample: 2)")
+    drop.add_argument("--drops", type=whole(1), nargs="+", metavar="EPOCH",
+                      help="divide the learning rate by 10 after these epochs instead, for comparisons between runs")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N",
                        help="of everything that is drawn (default: %(default)s)")
 
@@ -178,6 +183,8 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
     for name, value in (DEFAULTS | (SAMPLE_DEFAULTS if store.name == "sample" else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.drops and not args.resume and max(args.drops) >= args.epochs:
+        raise UserError(f"--drops {max(args.drops)}: the run ends after {args.epochs} epochs; raise --epochs")
     if args.image_size is None:
         args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:

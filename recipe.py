@@ -58,27 +58,31 @@ def set_rate(optimizer, lr: float) -> None:
 @dataclass
 class Schedule:
     """The paper's learning rate: divided by 10 when the validation error stops improving, three times; the wait
-    after that ends the run. best: the lowest validation top-1 error in percent; waited: epochs since then or
-    since the last drop."""
+    after that ends the run. Or divided after given epochs, whatever the error.
+
+    fixed: these epochs, counted from 1, or None. best: the lowest validation top-1 error in percent; waited: epochs
+    since then or since the last drop; epochs: taken in so far.
+    """
 
     lr: float
     patience: int
+    fixed: list[int] | None = None
     best: float = math.inf
     waited: int = 0
     drops: int = 0
     finished: bool = False
+    epochs: int = 0
 
     def update(self, error: float) -> bool:
         """Take in an epoch's validation top-1 error in percent; whether it is the lowest so far."""
-        if error < self.best:
-            self.best, self.waited = error, 0
-            return True
-        self.waited += 1
-        if self.waited >= self.patience:
+        better = error < self.best
+        self.epochs += 1
+        self.best, self.waited = (error, 0) if better else (self.best, self.waited + 1)
+        if self.epochs in self.fixed if self.fixed else self.waited >= self.patience:
             self.waited = 0
-            if self.drops == MAX_DROPS:
+            if self.drops == MAX_DROPS and not self.fixed:
                 self.finished = True
             else:
                 self.drops += 1
                 self.lr /= 10
-        return False
+        return better

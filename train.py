@@ -373,7 +373,7 @@ def set_up(args, store: Store, watch: Watch) -> Training:
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    return Training(args, store, net, optimizer, Schedule(args.lr, args.patience), kernels)
+    return Training(args, store, net, optimizer, Schedule(args.lr, args.patience, args.drops), kernels)
 
 
 def require_kernels(device: str) -> None:
@@ -421,12 +421,15 @@ def describe(run: Training, watch: Watch) -> str:
     note = ", no TF32" if watch.device.type == "cuda" and args.precision == "fp32" else ""
     if args.precision == "bf16" and not multiplies_bf16(watch.device):
         note = " emulated: this processor has no bf16 arithmetic, and fp32 is faster"
+    epochs = f"at most {args.epochs} epochs, patience {args.patience}"
+    if args.drops:
+        epochs = f"{args.epochs} epochs, learning rate divided by 10 after {', '.join(map(str, args.drops))}"
     lines = {
         "data": f"{store.name}: {store.counts['train']:,} training and {store.counts['val']:,} validation pictures, "
         f"{len(store.classes)} classes, {store.size} x {store.size}{' grey' if store.channels == 1 else ''}",
         "net": f"{describe_net(run.net)}, {args.image_size} x {args.image_size} pixels, {count:,} parameters",
         "recipe": f"{args.recipe}: batch {args.batch_size}, learning rate {args.lr:g}, momentum {args.momentum:g}, "
-        f"weight decay {args.weight_decay:g}, at most {args.epochs} epochs, patience {args.patience}",
+        f"weight decay {args.weight_decay:g}, {epochs}",
         "device": f"{machine['device']}, {watch.world} process{'es' * (watch.world > 1)}, {machine['threads']} "
         f"threads, {args.precision}{note}",
         "kernels": run.kernels,

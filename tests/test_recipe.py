@@ -77,3 +77,13 @@ def test_only_a_strictly_lower_error_is_an_improvement():
 def test_the_count_starts_anew_after_a_drop():
     seen, _ = rates([5, 6, 6, 6, 4, 6, 6, 6], patience=3)
     assert seen == [0.01] * 4 + [0.001] * 4
+
+
+def test_fixed_drops_do_not_ask_for_the_error():
+    """More than three, and a drop in the middle of an improvement; nothing ends the run; the best is still known."""
+    schedule, seen = Schedule(0.01, patience=1, fixed=[1, 3, 4, 5]), []
+    for error in (9, 8, 8, 7, 8, 8, 8):
+        seen.append(round(schedule.lr, 9))
+        schedule.update(error)
+    assert seen == [1e-2, 1e-3, 1e-3, 1e-4, 1e-5, 1e-6, 1e-6]
+    assert (schedule.best, schedule.finished, schedule.epochs) == (7, False, 7)

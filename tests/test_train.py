@@ -83,6 +83,20 @@ def test_learning_rate_drops_reach_the_optimiser(store, tmp_path, monkeypatch):
     assert [g["lr"] for g in groups] == pytest.approx([0.00001, 0.00002])
 
 
+def test_fixed_drops(store, tmp_path, capsys):
+    """--drops instead of --patience; a run that stops and goes on has the same rates."""
+    for out, stops in ((tmp_path / "whole", []), (tmp_path / "parts", ["--max-steps", 2])):
+        run(store, out, "--epochs", 5, "--drops", 1, 3, *stops, batch=96)
+    assert "5 epochs, learning rate divided by 10 after 1, 3" in capsys.readouterr().out
+    resume(tmp_path / "parts", "--max-steps", 100)
+    assert [e["lr"] for e in runs.read_log(tmp_path / "whole" / "log.jsonl")] == [0.01, 0.001, 0.001, 0.0001, 0.0001]
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(UserError, match=r"--drops 4: .* was started with --drops 1 3"):
+        resume(tmp_path / "parts", "--drops", 4)
+    with pytest.raises(UserError, match="--drops 5: the run ends after 5 epochs"):
+        run(store, tmp_path / "no", "--epochs", 5, "--drops", 2, 5)
+
+
 @pytest.fixture(scope="module")
 def two_epochs(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
