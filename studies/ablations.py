@@ -29,7 +29,7 @@ from data.loader import Loader
 from data.pack import named_store
 from kernels import accelerate
 from recipe import make_optimizer
-from studies.common import batches, interval, new_figure, results_file, save_figure, spread
+from studies.common import batches, new_figure, results_file, save_figure, spread, verdict
 from train import starting_net
 from utils import Parser, UserError, pick_device, run_script, whole
 
@@ -186,16 +186,6 @@ def measured(args, claim: str, before: str, after: str) -> tuple[list[float], li
         with_idea = [ensembles[-1]["ten-crop"]["top1_error"]] * len(without) if ensembles else []
         without = without if ensembles else []
     return without, with_idea
-
-
-def verdict(gains: list[float]) -> str:
-    """What the seeds allow to be said: the mean with its 95% interval (Student's t, paired by seed), and whether that
-    leaves out zero."""
-    if len(gains) < 3:
-        return "too few seeds"
-    mean, half = interval(gains)
-    said = "within the spread" if abs(mean) <= half else "helps" if mean > 0 else "harms"
-    return f"{mean:+.2f} ± {half:.2f}: {said}"
 
 
 # ---------------------------------------------------------------------------------------------- figure 1

@@ -41,6 +41,16 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
+def verdict(gains: list[float]) -> str:
+    """What the seeds allow to be said: the mean with its 95% interval (Student's t, paired by seed), and whether that
+    leaves out zero."""
+    if len(gains) < 3:
+        return "too few seeds"
+    mean, half = interval(gains)
+    said = "within the spread" if abs(mean) <= half else "helps" if mean > 0 else "harms"
+    return f"{mean:+.2f} ± {half:.2f}: {said}"
+
+
 def batches(args, store, loader: Loader, device):
     """The inputs (n, 3, S, S) and labels (n,) of train.py's first --max-steps steps with these arguments
     (options.make_parser's, settled), torch's generator at each step's own seed."""

@@ -139,11 +139,11 @@ def test_ablations_note_a_run_that_diverged(store, tmp_path, monkeypatch, capsys
 
 def test_ablations_verdict_is_a_paired_interval():
     # Student's t with 2 degrees of freedom is 4.30; times 0.153 / 3 ** 0.5.
-    assert ablations.verdict([1.0, 1.2, 0.9]) == "+1.03 ± 0.38: helps"
-    assert ablations.verdict([-1.0, -1.2, -0.9]).endswith("harms")
-    assert "within" in ablations.verdict([1.0, -0.2, 0.4])
-    assert "within" in ablations.verdict([0.5, 1.5, 2.5])
-    assert ablations.verdict([5.0, 5.0]) == "too few seeds"
+    assert common.verdict([1.0, 1.2, 0.9]) == "+1.03 ± 0.38: helps"
+    assert common.verdict([-1.0, -1.2, -0.9]).endswith("harms")
+    assert "within" in common.verdict([1.0, -0.2, 0.4])
+    assert "within" in common.verdict([0.5, 1.5, 2.5])
+    assert common.verdict([5.0, 5.0]) == "too few seeds"
 
 
 def test_ablations_race_of_relu_and_tanh(store, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,109 @@
+"""studies/published.py: nets made once, whatever stops them; tables that say what is there and what is not."""
+
+import json
+
+import pytest
+
+import checkpoints
+import test
+import train
+from checkpoints.run import locked, read_log
+from data.store import Store
+from studies import published
+from utils import Diverged, UserError
+
+
+@pytest.fixture
+def small(store, tmp_path, monkeypatch):
+    """Two rows of two nets each on the small store, and an idea that compares them."""
+    options = ["--data", str(store.path), "--epochs", "2", "--drops", "1", "--batch-size", "48", "--workers", "0"]
+    rows = {
+        "base": published.Row("small", options, 2, together=True),
+        "plain": published.Row("the same without LRN", [*options, "--no-lrn"], 2),
+    }
+    monkeypatch.setattr(published, "ROWS", rows)
+    monkeypatch.setattr(published, "IDEAS", {"LRN": ("plain", "base", "1.4")})
+    monkeypatch.setattr(published, "RESULTS", tmp_path / "results" / "nets.jsonl")
+    (tmp_path / "results" / "nets").mkdir(parents=True)
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, capsys):
+    real, calls = train.main, []
+
+    def stop_first(argv):
+        calls.append(argv)
+        return 143 if len(calls) == 1 and real([*argv, "--max-steps", "1"]) == 0 else real(
+            [*argv, "--max-steps", "100"] if "--resume" in argv else argv)
+
+    monkeypatch.setattr(train, "main", stop_first)
+    assert published.main([]) == 143
+    assert not published.RESULTS.exists()
+    assert published.main([]) == 0
+    assert published.main([]) == 0
+    assert ["--resume" in argv for argv in calls] == [False, True, False, False, False]
+    *nets, together = read_log(published.RESULTS)
+    assert [(e["row"], e["seed"]) for e in nets] == [("base", 0), ("plain", 0), ("base", 1), ("plain", 1)]
+    for e in nets:
+        best = small / "published" / f"{e['row']}-{e['seed']}" / "run" / "best.pt"
+        for protocol in ("center", "ten-crop"):
+            found = test.errors([best], Store(store.path), ten_crop=protocol == "ten-crop")
+            assert e[f"{protocol}_error"] == found["top1_error"]
+        assert e["command"].startswith("python train.py --data ")
+        assert (e["precision"], e["epochs"]) == ("fp32", 2)
+        log = read_log(published.RESULTS.with_suffix("") / f"{e['row']}-{e['seed']}.jsonl")
+        assert e["val_top1_error"] == min(line["val_top1_error"] for line in log)
+    both = [small / "published" / f"base-{seed}" / "run" / "best.pt" for seed in (0, 1)]
+    assert together["ten-crop_error"] == test.errors(both, Store(store.path), ten_crop=True)["top1_error"]
+    assert not list(small.rglob("last.pt"))
+    one, other = ([e["center_error"] for e in nets if e["row"] == row] for row in ("plain", "base"))
+    printed = capsys.readouterr().out
+    assert ", ".join(f"{a - b:+.2f}" for a, b in zip(one, other, strict=True)) + " | too few seeds |" in printed
+    assert f"| {together['ten-crop_error']:.2f} |" in printed
+    assert "| 2 of 2 |" in printed
+
+
+def test_what_another_process_is_at_is_left_to_it(small):
+    place = published.folder("base", 0)
+    place.mkdir(parents=True)
+    with locked(place):
+        assert published.main(["base"]) == 0
+    assert [e["seed"] for e in read_log(published.RESULTS)] == [1]
+
+
+def test_tables_say_what_is_not_there(small, monkeypatch, capsys):
+    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trains"))
+    assert published.main(["--tables"]) == 0
+    printed = capsys.readouterr().out
+    assert "| small | not measured yet | | | | 0 of 2 | |" in printed
+    assert "| LRN | 1.4 | not measured yet | | | |" in printed
+    with pytest.raises(UserError, match="no row tanh; the rows are base, plain"):
+        published.main(["tanh"])
+
+
+def test_a_net_that_diverged_is_a_line_too(small, monkeypatch, capsys):
+    real = train.main
+
+    def diverge(argv):
+        real([*argv, "--max-steps", "1"])
+        raise Diverged("the loss is no longer finite at step 7")
+
+    monkeypatch.setattr(train, "main", diverge)
+    published.main(["plain"])
+    assert [e["diverged"][:8] for e in read_log(published.RESULTS)] == ["the loss"] * 2
+    assert "diverged: plain with seed 0, plain with seed 1" in capsys.readouterr().out
+
+
+def test_rows_are_commands_of_train_py():
+    """Each row's options are train.py's, and an idea compares rows that differ in one thing."""
+    import options
+
+    for row in published.ROWS.values():
+        args = options.make_parser().parse_args(row.options)
+        assert not args.drops or max(args.drops) < args.epochs
+        assert bool(args.data) == bool(row.pack)
+    for before, after, _ in published.IDEAS.values():
+        one, other = (vars(options.make_parser().parse_args(published.ROWS[r].options)) for r in (before, after))
+        assert sum(one[name] != other[name] for name in one) == 1
+        assert json.dumps(one) != json.dumps(other)
