@@ -28,7 +28,7 @@ from studies.common import verdict
 from utils import Parser, UserError, pick_device, run_script, write_text
 
 ROOT = checkpoints.FOLDER.parent
-RESULTS = ROOT / "results" / "nets.jsonl"
+RESULTS, LOGS = ROOT / "results" / "nets.jsonl", ROOT / "results" / "nets"
 CIFAR10, THIRTY = ["--dataset", "cifar10"], ["--epochs", "30", "--drops", "20", "27"]
 LARGE = ROOT / "data" / "stores" / "cifar10-256"
 
@@ -121,7 +121,8 @@ def make_net(name: str, row: Row, seed: int, precision: str) -> int:
             return status
         log = read_log(out / "log.jsonl")
         tested = {f"{protocol}_error": test_error(row, [out], protocol) for protocol in ("center", "ten-crop")}
-        write_text(RESULTS.with_suffix("") / f"{name}-{seed}.jsonl", "".join(json.dumps(e) + "\n" for e in log))
+        LOGS.mkdir(parents=True, exist_ok=True)
+        write_text(LOGS / f"{name}-{seed}.jsonl", "".join(json.dumps(e) + "\n" for e in log))
         append_line(RESULTS, about(name, row, seed, out) | {
             "epochs": len(log), "train_top1_error": log[-1]["train_top1_error"],
             "val_top1_error": min(e["val_top1_error"] for e in log), **tested,

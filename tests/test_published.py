@@ -23,8 +23,9 @@ def small(store, tmp_path, monkeypatch):
     }
     monkeypatch.setattr(published, "ROWS", rows)
     monkeypatch.setattr(published, "IDEAS", {"LRN": ("plain", "base", "1.4")})
+    (tmp_path / "results").mkdir()
     monkeypatch.setattr(published, "RESULTS", tmp_path / "results" / "nets.jsonl")
-    (tmp_path / "results" / "nets").mkdir(parents=True)
+    monkeypatch.setattr(published, "LOGS", tmp_path / "results" / "nets")
     monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
     return tmp_path
 
@@ -52,7 +53,7 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
             assert e[f"{protocol}_error"] == found["top1_error"]
         assert e["command"].startswith("python train.py --data ")
         assert (e["precision"], e["epochs"]) == ("fp32", 2)
-        log = read_log(published.RESULTS.with_suffix("") / f"{e['row']}-{e['seed']}.jsonl")
+        log = read_log(published.LOGS / f"{e['row']}-{e['seed']}.jsonl")
         assert e["val_top1_error"] == min(line["val_top1_error"] for line in log)
     both = [small / "published" / f"base-{seed}" / "run" / "best.pt" for seed in (0, 1)]
     assert together["ten-crop_error"] == test.errors(both, Store(store.path), ten_crop=True)["top1_error"]

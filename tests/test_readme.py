@@ -20,7 +20,8 @@ ROOT = Path(train.__file__).parent
 SETUP = "pip install -r requirements.txt && "
 PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
-    "studies.ablations": "studies.ablations", "studies.frelu": "studies.frelu", "studies.figures": "studies.figures",
+    "studies.ablations": "studies.ablations", "studies.published": "studies.published",
+    "studies.frelu": "studies.frelu", "studies.figures": "studies.figures",
     "benchmarks.step": "benchmarks.step", "benchmarks.lrn": "benchmarks.lrn",
     "benchmarks.infer": "benchmarks.infer",
     "benchmarks.loader": "benchmarks.loader", "benchmarks.pack": "benchmarks.pack",
