@@ -108,3 +108,15 @@ def test_rows_are_commands_of_train_py():
         one, other = (vars(options.make_parser().parse_args(published.ROWS[r].options)) for r in (before, after))
         assert sum(one[name] != other[name] for name in one) == 1
         assert json.dumps(one) != json.dumps(other)
+
+
+def test_the_guides_have_what_it_prints():
+    """results/README.md has both tables as they are; README.md the errors of the rows that it shows."""
+    results, readme = ((published.ROOT / name).read_text() for name in ("results/README.md", "README.md"))
+    assert "\n".join(published.error_table()) in results
+    assert "\n".join(published.idea_table()) in results
+    for name in ("cifar10-default", "cifar10"):
+        for key in ("center_error", "ten-crop_error"):
+            assert published.spread_of(published.done(name), key) + "%" in readme.replace("**", "")
+    for e in read_log(published.RESULTS):
+        assert "seed" not in e or (published.LOGS / f"{e['row']}-{e['seed']}.jsonl").exists()
