@@ -185,6 +185,8 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
             setattr(args, name, value)
     if args.drops and not args.resume and max(args.drops) >= args.epochs:
         raise UserError(f"--drops {max(args.drops)}: the run ends after {args.epochs} epochs; raise --epochs")
+    if args.drops and len(set(args.drops)) < len(args.drops):
+        raise UserError(f"{worded('drops', args.drops)}: an epoch is named twice")
     if args.image_size is None:
         args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:

@@ -61,7 +61,7 @@ class Schedule:
     after that ends the run. Or divided after given epochs, whatever the error.
 
     fixed: these epochs, counted from 1, or None. best: the lowest validation top-1 error in percent; waited: epochs
-    since then or since the last drop; epochs: taken in so far.
+    since then or since the last drop.
     """
 
     lr: float
@@ -71,14 +71,13 @@ class Schedule:
     waited: int = 0
     drops: int = 0
     finished: bool = False
-    epochs: int = 0
 
-    def update(self, error: float) -> bool:
-        """Take in an epoch's validation top-1 error in percent; whether it is the lowest so far."""
+    def update(self, error: float, epoch: int) -> bool:
+        """Take in the validation top-1 error in percent of an epoch (from 1); whether it is the lowest so far."""
         better = error < self.best
-        self.epochs += 1
         self.best, self.waited = (error, 0) if better else (self.best, self.waited + 1)
-        if self.epochs in self.fixed if self.fixed else self.waited >= self.patience:
+        due = epoch in self.fixed if self.fixed else self.waited >= self.patience
+        if due:
             self.waited = 0
             if self.drops == MAX_DROPS and not self.fixed:
                 self.finished = True

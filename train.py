@@ -224,7 +224,7 @@ def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
     args, state, schedule = run.args, run.state, run.schedule
     better = False
     if state.step_in_epoch == run.steps_per_epoch:
-        better = schedule.update(entry["val_top1_error"])
+        better = schedule.update(entry["val_top1_error"], entry["epoch"])
         set_rate(run.optimizer, schedule.lr)
         state.epoch, state.step_in_epoch, state.loss_sum, state.wrong = state.epoch + 1, 0, 0.0, 0.0
     entry |= watch.times()
@@ -419,8 +419,11 @@ def describe(run: Training, watch: Watch) -> str:
     machine = environment(watch.device)
     count = sum(p.numel() for p in run.net.parameters())
     note = ", no TF32" if watch.device.type == "cuda" and args.precision == "fp32" else ""
+    kernels = run.kernels
     if args.precision == "bf16" and not multiplies_bf16(watch.device):
-        note = " emulated: this processor has no bf16 arithmetic, and fp32 is faster"
+        kernels += "; bf16 is emulated: there is no bf16 arithmetic here, and fp32 is faster"
+    elif args.precision == "bf16" and watch.device.type == "cpu":
+        kernels += "; in bf16 dense layers are torch's"
     epochs = f"at most {args.epochs} epochs, patience {args.patience}"
     if args.drops:
         epochs = f"{args.epochs} epochs, learning rate divided by 10 after {', '.join(map(str, args.drops))}"
@@ -432,7 +435,7 @@ def describe(run: Training, watch: Watch) -> str:
         f"weight decay {args.weight_decay:g}, {epochs}",
         "device": f"{machine['device']}, {watch.world} process{'es' * (watch.world > 1)}, {machine['threads']} "
         f"threads, {args.precision}{note}",
-        "kernels": run.kernels,
+        "kernels": kernels,
         "run": f"{shown(args.out)}{f', from step {run.state.step}' if args.resume else ''}",
     }
     if store.name == "sample":

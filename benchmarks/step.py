@@ -10,9 +10,9 @@ that counts is against the fastest of these. With --precision bf16 all run under
 repository in fp32 beside them.
 
 Every contender is a process of its own (on a GPU the peers keep torch's TF32 in fp32 convolutions, this repository has
-none); they take turns, a step each, after three steps of warm-up. Pictures are those of the bundled sample. Memory is
-the most that a step takes beyond what the process held before it made its net. The limit is the step's multiply-adds
-in convolutions and dense layers over the rate of one large matrix product.
+none); they take turns, two steps each, of which the second counts, after three of warm-up. Pictures are those of the
+bundled sample. Memory is the most that a step takes beyond what the process held before it made its net. The limit is
+the step's multiply-adds in convolutions and dense layers over the rate of one large matrix product.
 """
 
 import itertools
@@ -149,6 +149,7 @@ def contend(connection, name: str, args, device: torch.device) -> None:
                     torch.cuda.empty_cache()  # the next contender finds the memory free
                 connection.send(None)
             elif word == "step":
+                step()  # the others have had the caches since
                 connection.send(timed(step, device))
             else:
                 memory = peak(step, before, device)

@@ -27,6 +27,7 @@ VALIDATION_SEED = 2012
 PROBE_SECONDS = 5
 # The binary form of CIFAR: folder, archive, each split's files, the names; bytes of labels before a picture's pixels,
 # of which the last is taken (CIFAR-100 has the coarse one first).
+CIFAR_PICTURES = (50_000, 10_000)  # of training and test
 CIFAR_BINARY = {
     "cifar10": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", [f"data_batch_{n}.bin" for n in range(1, 6)],
                 ["test_batch.bin"], "batches.meta.txt", 1),
@@ -131,23 +132,23 @@ def _cifar_binary(name: str) -> Source | None:
         return None
     try:
         files = _read_files(place, folder, [*train, *test, names])
-    except (OSError, KeyError, EOFError, tarfile.TarError, zlib.error) as error:
+    except (OSError, KeyError, EOFError, AttributeError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{shown(place)} cannot be read ({one_line(error)}); remove it, or fetch it again") from None
     classes = files[names].decode(errors="replace").split()
 
-    def split(parts: list[str]) -> Split:
-        records = np.frombuffer(b"".join(files[part] for part in parts), np.uint8)
-        try:
-            records = records.reshape(-1, labels + 3 * 32 * 32)
-        except ValueError:
-            raise UserError(f"{shown(place)} is damaged: {', '.join(parts)} do not hold whole records") from None
+    def split(parts: list[str], count: int) -> Split:
+        content, size = b"".join(files[part] for part in parts), labels + 3 * 32 * 32
+        if len(content) != count * size:
+            raise UserError(f"{shown(place)} is damaged: {', '.join(parts)} hold {len(content):,} bytes, not those of "
+                            f"{count:,} pictures, {count * size:,}")
+        records = np.frombuffer(content, np.uint8).reshape(count, size)
         truth = records[:, labels - 1].astype(np.int64)
-        if not len(truth) or truth.max() >= len(classes):
+        if truth.max() >= len(classes):
             raise UserError(f"{shown(place)} is damaged: {', '.join(parts)} have labels beyond the names in {names}")
         pictures = records[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # stored as red, green, blue planes
         return Split(np.ascontiguousarray(pictures), truth)
 
-    return _small(name, classes, split(train), split(test))
+    return _small(name, classes, split(train, CIFAR_PICTURES[0]), split(test, CIFAR_PICTURES[1]))
 
 
 def _read_files(place: Path, folder: str, names: list[str]) -> dict[str, bytes]:

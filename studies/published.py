@@ -1,18 +1,21 @@
 """The published tables of errors on real pictures: trains, tests and notes what they are made of, and prints them.
 
-    python -m studies.published                       everything that is not done yet, in the order of ROWS
+    python -m studies.published                       everything that is not done yet, seed by seed
     python -m studies.published cifar10 no-lrn        these rows only
     python -m studies.published --tables              train nothing, print the tables of what is done
 
 A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again; one that
-was stopped goes on where it was. Several of these commands can run at once: each takes what no other is at. The nets
-lie in checkpoints/published/. The learning rate and the choice of the epoch follow the validation pictures; the test
-pictures are read when a net is finished, and not before.
+was stopped goes on where it was. Several of these commands can run at once; a net is trained by one of them. The nets
+lie in checkpoints/published/. The choice of the epoch follows the validation pictures, and with all defaults the
+learning rate does, too; the test pictures are read when a net is finished, and not before.
 """
 
+import fcntl
 import json
+import os
+import shutil
 import statistics
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,17 +46,17 @@ class Row(NamedTuple):
 
 ROWS = {
     "cifar10-default": Row("CIFAR-10, 64 px, all defaults", CIFAR10, 1),
-    "cifar10": Row("CIFAR-10, 64 px, 30 epochs, the rate divided by 10 after 20 and 27", [*CIFAR10, *THIRTY], 5,
+    "cifar10": Row("CIFAR-10, 64 px, 30 epochs, learning rate divided by 10 after 20 and 27", [*CIFAR10, *THIRTY], 5,
                    together=True),
-    "no-lrn": Row("the same without LRN", [*CIFAR10, *THIRTY, "--no-lrn"], 5),
-    "no-overlap": Row("the same with 2 x 2 pooling", [*CIFAR10, *THIRTY, "--no-overlap"], 5),
-    "no-dropout": Row("the same without dropout", [*CIFAR10, *THIRTY, "--no-dropout"], 5),
-    "no-colour": Row("the same without colour noise", [*CIFAR10, *THIRTY, "--colour", "off"], 5),
-    "two-columns": Row("the same with two columns", [*CIFAR10, *THIRTY, "--columns", "2"], 3),
-    "2012": Row("two columns in the order of the 2012 code",
+    "no-lrn": Row("these without LRN", [*CIFAR10, *THIRTY, "--no-lrn"], 5),
+    "no-overlap": Row("these with 2 x 2 pooling", [*CIFAR10, *THIRTY, "--no-overlap"], 5),
+    "no-dropout": Row("these without dropout", [*CIFAR10, *THIRTY, "--no-dropout"], 5),
+    "no-colour": Row("these without colour noise", [*CIFAR10, *THIRTY, "--colour", "off"], 5),
+    "two-columns": Row("these with two columns", [*CIFAR10, *THIRTY, "--columns", "2"], 3),
+    "2012": Row("these with two columns in the order of the 2012 code",
                 [*CIFAR10, *THIRTY, "--columns", "2", "--order", "2012"], 3),
-    "eigenvalues": Row("the same with colour noise by eigenvalues", [*CIFAR10, *THIRTY, "--colour", "paper"], 3),
-    "fashion-mnist": Row("Fashion-MNIST, 64 px, 30 epochs, the rate divided by 10 after 20 and 27",
+    "eigenvalues": Row("these with colour noise by eigenvalues", [*CIFAR10, *THIRTY, "--colour", "paper"], 3),
+    "fashion-mnist": Row("Fashion-MNIST, 64 px, 30 epochs, learning rate divided by 10 after 20 and 27",
                          ["--dataset", "fashion-mnist", *THIRTY], 5, together=True),
     "cifar10-256": Row("CIFAR-10 enlarged to 256, crops of 224, 30 epochs", ["--data", str(LARGE), *THIRTY], 1,
                        ("cifar10", "--size", "256", "--out", str(LARGE))),
@@ -97,6 +100,11 @@ def done(name: str, **wanted) -> list[dict]:
     return [found[s] for s in sorted(found) if all(found[s].get(k) == v for k, v in wanted.items())]
 
 
+def sound(name: str) -> list[dict]:
+    """The finished nets of a row that did not diverge."""
+    return [e for e in done(name) if "diverged" not in e]
+
+
 def folder(name: str, seed: int) -> Path:
     return checkpoints.FOLDER / "published" / f"{name}-{seed}"
 
@@ -109,20 +117,26 @@ def make_net(name: str, row: Row, seed: int, precision: str) -> int:
     with suppress(Busy), locked(place):
         if done(name, seed=seed):
             return 0
-        out, options = place / "run", [*row.options, "--seed", str(seed)]
-        open_store(row)
+        with alone():
+            open_store(row)
+        out = place / "run"
+        started, diverged = (out / "last.pt").exists(), None
+        if not started:  # killed at its very start, or its line in RESULTS has been taken away
+            shutil.rmtree(out, ignore_errors=True)
+        anew = [*row.options, "--seed", str(seed), "--precision", precision, "--out", str(out)]
         try:
-            anew = [*options, "--precision", precision, "--out", str(out)]
-            status = train.main(["--resume", "--out", str(out)] if (out / "last.pt").exists() else anew)
+            status = train.main(["--resume", "--out", str(out)] if started else anew)
         except utils.Diverged as error:
-            append_line(RESULTS, about(name, row, seed, out) | {"diverged": str(error)})
-            return 0
+            status, diverged = 0, str(error)
         if status:
             return status
         log = read_log(out / "log.jsonl")
-        tested = {f"{protocol}_error": test_error(row, [out], protocol) for protocol in ("center", "ten-crop")}
         LOGS.mkdir(parents=True, exist_ok=True)
         write_text(LOGS / f"{name}-{seed}.jsonl", "".join(json.dumps(e) + "\n" for e in log))
+        if diverged:
+            append_line(RESULTS, about(name, row, seed, out) | {"diverged": diverged})
+            return 0
+        tested = {f"{protocol}_error": test_error(row, [out], protocol) for protocol in ("center", "ten-crop")}
         append_line(RESULTS, about(name, row, seed, out) | {
             "epochs": len(log), "train_top1_error": log[-1]["train_top1_error"],
             "val_top1_error": min(e["val_top1_error"] for e in log), **tested,
@@ -138,6 +152,17 @@ def about(name: str, row: Row, seed: int, out: Path) -> dict:
     made = {key: config[key] for key in ("commit", "device", "threads", "torch", "python", "processes")}
     command = " ".join(["python train.py", *row.options, "--seed", str(seed)]).replace(f"{ROOT}/", "")
     return {"row": name, "seed": seed, "command": command, "precision": config["arguments"]["precision"], **made}
+
+
+@contextmanager
+def alone():
+    """Wait for the other processes: the first one packs the store."""
+    descriptor = os.open(folder("any", 0).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_store(row: Row) -> Store:
@@ -160,7 +185,7 @@ def test_together(name: str, row: Row) -> None:
     """All nets of a row as one model, ten crops; nothing while one is missing."""
     runs = [folder(name, seed) / "run" for seed in range(row.seeds)]
     with suppress(Busy), locked(folder(name, 0)):
-        if together(name) is not None or len(done(name)) < row.seeds:
+        if together(name) is not None or len(sound(name)) < row.seeds:
             return
         if not all((run / "best.pt").exists() for run in runs):
             print(f"{name}: its nets are no longer in {runs[0].parent.parent}; they can't be tested as one")
@@ -187,7 +212,7 @@ def error_table() -> list[str]:
     lines = ["| what | centre crop | ten crops | all as one, ten crops | training error | nets | made on |",
              "|---|---|---|---|---|---|---|"]
     for name, row in ROWS.items():
-        nets = [e for e in done(name) if "diverged" not in e]
+        nets = sound(name)
         if not nets:
             lines.append(f"| {row.what} | not measured yet | | | | 0 of {row.seeds} | |")
             continue
@@ -206,7 +231,10 @@ def idea_table() -> list[str]:
     lines = ["| idea | paper, on ImageNet | without | with | points off, by seed | in all |",
              "|---|---|---|---|---|---|"]
     for idea, (before, after, paper) in IDEAS.items():
-        without, with_it = ({e["seed"]: e for e in done(name) if "diverged" not in e} for name in (before, after))
+        # Pairs differ in the idea alone: not in the machine, nor in the precision.
+        without, with_it = (
+            {(e["seed"], e["device"], e["precision"]): e for e in sound(name)} for name in (before, after)
+        )
         seeds = sorted(set(without) & set(with_it))
         if not seeds:
             lines.append(f"| {idea} | {paper} | not measured yet | | | |")

@@ -212,13 +212,15 @@ def test_a_net_computes_the_same_and_keeps_its_checkpoint(options):
 @pytest.mark.parametrize("order", model.ORDERS)
 @pytest.mark.parametrize("activation", model.ACTIVATIONS)
 def test_fast_and_plain_nets_agree(activation, order, columns):
-    """Logits and each parameter's gradient, in one of three draws: where a sum lies within rounding of an activation's
-    kink, the two may go different ways, and all gradients before it differ."""
-    assert any(nets_agree(seed, activation=activation, order=order, columns=columns) for seed in range(3))
+    """Logits and each parameter's gradient. With a kink in one of three draws: a sum within rounding of the kink may
+    go one way here and the other there, and then all gradients before it differ."""
+    draws = 1 if activation in ("tanh", "elu") else 3
+    found = [nets_differ(seed, activation=activation, order=order, columns=columns) for seed in range(draws)]
+    assert [] in found, found
 
 
-def nets_agree(seed: int, **options) -> bool:
-    """Weights large enough for the norms and the activations' kinks to matter."""
+def nets_differ(seed: int, **options) -> list[str]:
+    """The parameters whose gradients differ. Weights large enough for the norms and the kinks to matter."""
     torch.manual_seed(seed)
     plain = AlexNet(10, image_size=64, dropout=0, **options)
     for layer in (plain.conv1, plain.conv2):
@@ -230,9 +232,12 @@ def nets_agree(seed: int, **options) -> bool:
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4 * logits[0].abs().max().item())
     for one in logits:
         F.cross_entropy(one, labels).backward()
-    grads = [(one.grad, other.grad) for one, other in zip(plain.parameters(), fast.parameters(), strict=True)]
-    assert all(one.abs().max() > 0 for one, _ in grads)
-    return all((one - other).abs().max() <= 1e-3 * one.abs().max() for one, other in grads)
+    differ = []
+    for (name, one), other in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert one.grad.abs().max() > 0
+        if not (one.grad - other.grad).abs().max() <= 1e-3 * one.grad.abs().max():
+            differ.append(name)
+    return differ
 
 
 def test_twenty_steps_have_the_plain_nets_losses(store):

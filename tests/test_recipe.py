@@ -52,9 +52,9 @@ def test_a_shared_activation_is_in_its_group_once():
 
 def rates(errors, patience):
     schedule, out = Schedule(0.01, patience), []
-    for error in errors:
+    for epoch, error in enumerate(errors, 1):
         out.append(schedule.lr)
-        schedule.update(error)
+        schedule.update(error, epoch)
         if schedule.finished:
             break
     return [round(lr, 8) for lr in out], schedule
@@ -82,8 +82,8 @@ def test_the_count_starts_anew_after_a_drop():
 def test_fixed_drops_do_not_ask_for_the_error():
     """More than three, and a drop in the middle of an improvement; nothing ends the run; the best is still known."""
     schedule, seen = Schedule(0.01, patience=1, fixed=[1, 3, 4, 5]), []
-    for error in (9, 8, 8, 7, 8, 8, 8):
+    for epoch, error in enumerate((9, 8, 8, 7, 8, 8, 8), 1):
         seen.append(round(schedule.lr, 9))
-        schedule.update(error)
+        schedule.update(error, epoch)
     assert seen == [1e-2, 1e-3, 1e-3, 1e-4, 1e-5, 1e-6, 1e-6]
-    assert (schedule.best, schedule.finished, schedule.epochs) == (7, False, 7)
+    assert (schedule.best, schedule.finished) == (7, False)

@@ -107,6 +107,7 @@ def test_the_binary_form_has_the_same_records(name, packed, tmp_path, monkeypatc
     downloads = tmp_path / "downloads"
     members = cifar_archive(kind, downloads, monkeypatch)
     python_form = sources.find(name)
+    monkeypatch.setattr(sources, "CIFAR_PICTURES", (20 * len(kind.train_list), 10))
     shutil.rmtree(downloads / kind.base_folder)
     (downloads / kind.filename).unlink()
     cifar_binary(name, members, downloads)
@@ -123,17 +124,20 @@ def test_the_binary_form_has_the_same_records(name, packed, tmp_path, monkeypatc
     assert source.size == 72
 
 
-@pytest.mark.parametrize("harm", ["short", "labels", "missing", "torn archive", "no archive at all"])
+@pytest.mark.parametrize("harm", ["short", "empty", "labels", "missing", "torn archive", "no archive at all"])
 def test_a_damaged_binary_form_is_one_line(harm, tmp_path, monkeypatch, no_network):
     downloads = tmp_path / "downloads"
     members = cifar_archive(datasets.CIFAR10, downloads, monkeypatch)
     (downloads / datasets.CIFAR10.filename).unlink()
     cifar_binary("cifar10", members, downloads)
+    monkeypatch.setattr(sources, "CIFAR_PICTURES", (100, 10))
     folder, archive, *_ = sources.CIFAR_BINARY["cifar10"]
     file = downloads / folder / "data_batch_2.bin"
     content = file.read_bytes()
     if harm == "short":
         file.write_bytes(content[:-1])
+    elif harm == "empty":
+        file.write_bytes(b"")
     elif harm == "labels":
         file.write_bytes(b"\x0a" + content[1:])
     elif harm == "missing":

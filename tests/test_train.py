@@ -22,9 +22,11 @@ from checkpoints import run as runs
 from data import pack, sources
 from data.augment import Augment, epoch_tables
 from data.store import Store
-from kernels import FastDropout
+from kernels import FastDropout, multiplies_bf16
 from model import AlexNet
 from utils import UserError
+
+BF16 = pytest.mark.skipif(not multiplies_bf16(torch.device("cpu")), reason="this processor emulates bf16: too slow")
 
 
 def test_the_loop_is_the_one_written_out_here(store, ten_steps):
@@ -95,6 +97,8 @@ def test_fixed_drops(store, tmp_path, capsys):
         resume(tmp_path / "parts", "--drops", 4)
     with pytest.raises(UserError, match="--drops 5: the run ends after 5 epochs"):
         run(store, tmp_path / "no", "--epochs", 5, "--drops", 2, 5)
+    with pytest.raises(UserError, match="--drops 2 2: an epoch is named twice"):
+        run(store, tmp_path / "no", "--epochs", 5, "--drops", 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -150,25 +154,50 @@ def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status)
     assert numbers(tmp_path / "run") == numbers(two_epochs)
 
 
-def test_two_processes_give_the_losses_of_one(store, tmp_path):
+@pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-4), pytest.param("bf16", 2e-2, marks=BF16)])
+def test_two_processes_give_the_losses_of_one(precision, close, store, tmp_path):
     """5 epochs of one step each, so that each line of the log is a step's loss; 21 validation images over two
     processes are counted once each."""
-    options = ["--batch-size", "96", "--no-dropout", "--max-steps", "5", "--lr", "0.001"]
+    options = ["--batch-size", "96", "--no-dropout", "--max-steps", "5", "--lr", "0.001", "--precision", precision]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, *command(store, tmp_path / "two", *options)[1:]],
         cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    run(store, tmp_path / "one", "--no-dropout", "--max-steps", 5, "--lr", 0.001, batch=96)
+    run(store, tmp_path / "one", *options[2:], batch=96)
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):
-        assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-4)
-        assert b["val_loss"] == pytest.approx(a["val_loss"], abs=1e-4)
+        assert b["train_loss"] == pytest.approx(a["train_loss"], abs=close)
+        assert b["val_loss"] == pytest.approx(a["val_loss"], abs=close)
         wrong = b["val_top1_error"] * 21 / 100
         assert wrong == pytest.approx(round(wrong), abs=1e-6)
         assert b["val_top1_error"] == pytest.approx(a["val_top1_error"], abs=100 / 21 + 1e-6)
+
+
+@pytest.mark.parametrize(("able", "words"), [
+    (True, "; in bf16 dense layers are torch's\n"), (False, "; bf16 is emulated: there is no bf16 arithmetic here"),
+])
+def test_the_line_kernels_says_what_bf16_comes_to(able, words, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "multiplies_bf16", lambda device: able)
+    for precision in ("fp32", "bf16"):
+        run(store, tmp_path / precision, "--precision", precision, "--device", "cpu", "--max-steps", 1, batch=2)
+        assert (words in capsys.readouterr().out) == (precision == "bf16")
+
+
+@BF16
+def test_bf16_learns_as_fp32_and_resumes_to_the_bit(store, tmp_path):
+    """20 steps' losses within 2% of fp32's, a step an epoch; a run that stops in between ends in the same weights."""
+    options = ["--lr", 0.001, "--max-steps", 20]
+    for out, precision, first in (("fp32", "fp32", []), ("bf16", "bf16", []), ("parts", "bf16", ["--max-steps", 7])):
+        run(store, tmp_path / out, *options, *first, "--precision", precision, batch=96)
+    resume(tmp_path / "parts", "--max-steps", 20)
+    assert_same_state(tmp_path / "bf16", tmp_path / "parts")
+    exact, rounded = ([e["train_loss"] for e in numbers(tmp_path / out)] for out in ("fp32", "bf16"))
+    assert len(exact) == 20
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
 
 
 def test_with_no_data_it_falls_back_to_the_sample_and_says_so(tmp_path, monkeypatch, capsys):
