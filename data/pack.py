@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+import utils
 from data import sources
 from data.encode import CHUNK, Moments, encode_chunk
 from data.job import Job, agree, forget_repaired, refuse_place, shard_name, tidy
 from data.pictures import SHORTER_SIDE, Files
 from data.pool import in_order, start_pool
 from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, file_entry, names_file
-from data.trees import UNLABELLED
+from data.trees import UNLABELLED, VAL
 from utils import Parser, Progress, UserError, run_script, shown, sync_folder, whole, write_text
 
 STORES = Path(__file__).parent / "stores"
@@ -44,7 +45,7 @@ def main(argv=None) -> int:
         return 0
     if args.only_shards and not args.shards:
         raise UserError("--only-shards says which of --shards N to pack; give both")
-    source = sources.find(args.source, args.download == "yes")
+    source = sources.find(args.source, args.download == "yes", args.val)
     out = Path(args.out) if args.out else STORES / source.name
     pack(source, out, size=args.size, codec=args.codec, workers=args.workers, shards=args.shards, only=args.only_shards)
     return 0
@@ -66,6 +67,8 @@ def make_parser() -> Parser:
     parser.add_argument("--only-shards", type=shard_range, metavar="A:B",
                         help="pack the shards from A up to, not including, B, and leave the others to other machines; "
                         "the last one makes the store")
+    parser.add_argument("--val", type=utils.number(0, 1), metavar="FRACTION",
+                        help=f"of the training pictures of a folder without val/, to validate with (default: {VAL})")
     parser.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
     parser.add_argument("--verify", metavar="STORE", help="check every file and record of a store")
     return parser

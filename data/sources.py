@@ -41,9 +41,12 @@ class Unavailable(UserError):
     """A named set that is neither on disk nor can be downloaded."""
 
 
-def find(name: str, download: bool = True) -> Source:
-    """The source called `name`: a named set or a path. Raises UserError where there is none or it cannot be used,
-    and Unavailable where a named set is not on disk and cannot be downloaded."""
+def find(name: str, download: bool = True, val: float | None = None) -> Source:
+    """The source called `name`: a named set or a path. val: the part of the training pictures that becomes the
+    validation split of a tree without one. Raises UserError where there is none or it cannot be used, and Unavailable
+    where a named set is not on disk and cannot be downloaded."""
+    if val is not None and name in NAMED:
+        raise UserError(f"--val {val:g}: {name} has validation pictures of its own; leave the option out")
     if name in ("cifar10", "cifar100"):
         source = _cifar(name, download)
     elif name == "fashion-mnist":
@@ -51,13 +54,13 @@ def find(name: str, download: bool = True) -> Source:
     elif name == "sample":
         source = _hdf5(SAMPLE, name)
     else:
-        source = _from_path(Path(name))
+        source = _from_path(Path(name), val)
     if len(source.classes) < 2:
         raise UserError(f"{name} has one class only ({source.classes[0]}); at least two are needed")
     return source
 
 
-def _from_path(path: Path) -> Source:
+def _from_path(path: Path, val: float | None) -> Source:
     if path.is_dir():
         if imagenet.is_kaggle(path):
             source = imagenet.kaggle(path)
@@ -66,7 +69,7 @@ def _from_path(path: Path) -> Source:
         elif (path / "train.txt").is_file() and (path / "val.txt").is_file():
             source = caffe_lists(path)
         else:
-            source = image_folder(path)
+            source, val = image_folder(path, val), None
     elif path.name in (imagenet.TRAIN_TAR, imagenet.VAL_TAR) and path.is_file():
         source = imagenet.official(path.parent)
     elif path.suffix in (".h5", ".hdf5") and path.is_file():
@@ -75,6 +78,8 @@ def _from_path(path: Path) -> Source:
         raise UserError(f"{path} is neither a folder, an .h5 file nor one of ImageNet's official tar files")
     else:
         raise UserError(f"{path}: no such data set, folder or file; the named sets are {', '.join(NAMED)}")
+    if val is not None:
+        raise UserError(f"--val {val:g}: {path} has validation pictures of its own; leave the option out")
     if source.name in NAMED:  # a user's own data set never has the name of a named one
         source.name = f"my-{source.name}"
     return source

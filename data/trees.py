@@ -4,6 +4,7 @@ A class has the number of its place in the sorted list of class folders; for Ima
 Caffe's list of synsets and in every published checkpoint.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from utils import UserError
 ILSVRC = Path(__file__).parent / "ilsvrc.txt"
 ILSVRC_COUNTS = {"train": 1_281_167, "val": 50_000, "test": 100_000}
 UNLABELLED = -1
+VAL = 0.1  # of the training pictures, where a tree has none for validation
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 NAMES_OF_LISTS = ("synset_words.txt", "synsets.txt", "classes.txt")  # next to Caffe's lists, the first that is there
 
@@ -126,13 +128,18 @@ def subfolders(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------- ImageFolder trees
 
 
-def image_folder(root: Path) -> Source:
-    """A tree ROOT/train/CLASS/..., ROOT/val/CLASS/... and perhaps ROOT/test/CLASS/..., pictures at any depth. The
-    names of the three folders may be in capitals. A test/ without class folders is unlabelled."""
+def image_folder(root: Path, val: float | None = None) -> Source:
+    """A tree ROOT/train/CLASS/..., perhaps with ROOT/val/CLASS/... and ROOT/test/CLASS/..., pictures at any depth; or
+    ROOT/CLASS/... alone. The names of the three folders may be in capitals. A test/ without class folders is
+    unlabelled. Without val/ a part `val` of the training pictures, by default VAL, becomes the validation split."""
     folders = {split: _folder_of(root, split) for split in FOLDERS}
-    for needed in ("train", "val"):
-        if folders[needed] is None:
-            raise UserError(f"{root} has no folder {needed}/; expected {root}/{{train,val}}/CLASS/PICTURES")
+    if _holds_classes_alone(root, folders):
+        folders = {"train": root, "val": None, "test": None}
+    if folders["train"] is None:
+        raise UserError(f"{root} has no folder train/; expected {root}/train/CLASS/PICTURES or {root}/CLASS/PICTURES")
+    if folders["val"] is not None and val is not None:
+        raise UserError(f"--val {val:g}: {root} has validation pictures of its own, in {folders['val'].name}/; leave "
+                        "the option out, or take that folder away")
     classes = subfolders(folders["train"])
     if not classes:
         raise UserError(f"{folders['train']} has no class folders; expected {root}/train/CLASS/PICTURES")
@@ -152,8 +159,68 @@ def image_folder(root: Path) -> Source:
             others = ", ".join(sorted(set(found) ^ set(classes))[:5])
             hint = "; for Kaggle's ImageNet give the folder that holds LOC_val_solution.csv" if not found else ""
             raise UserError(f"the class folders of {folder} and {folders['train']} differ: {others}{hint}")
-        splits[split] = labelled_folders(folder, classes)
+        if split == "train" and folders["val"] is None:
+            fraction = VAL if val is None else val
+            splits["train"], splits["val"] = divided(folder, *class_members(folder, classes), fraction)
+        else:
+            splits[split] = labelled_folders(folder, classes)
     return file_source(root.resolve().name, classes, splits)
+
+
+def _holds_classes_alone(root: Path, folders: dict[str, Path | None]) -> bool:
+    """Whether ROOT's folders are classes: none is called like a split, or one that is, holds no folders itself and has
+    others beside it (a class of trains)."""
+    others = set(subfolders(root)) - {folder.name for folder in folders.values() if folder}
+    named = [folder for folder in folders.values() if folder]
+    return bool(others) and not any(subfolders(folder) for folder in named) and (not named or folders["train"] in named)
+
+
+def divided(folder: Path, members: list[str], labels: list[int], fraction: float) -> tuple[Split, Split]:
+    """Training and validation split of the pictures: those whose hash of CLASS/NAME, a number in 0..1, is below
+    `fraction` are for validation, so that each stays where it is when others are added. Identical files are on one
+    side, that of the first of them. A class keeps one training picture at least; there is one for validation at least.
+    """
+    first = first_of_identical(folder, members)
+    share = {i: name_share(members[i]) for i in set(first)}  # of the different pictures
+    classes: dict[int, list[int]] = {}
+    for i, label in zip(first, labels, strict=True):
+        classes.setdefault(label, []).append(i)
+    kept = {max(mine, key=share.__getitem__) for mine in classes.values()}
+    chosen = {i for i in share if share[i] < fraction} - kept
+    if not chosen:
+        if not set(share) - kept:
+            raise UserError(f"{folder} has one picture a class: there is none to spare for validation")
+        chosen = {min(set(share) - kept, key=share.__getitem__)}
+    aside = [i in chosen for i in first]
+    print(f"{folder} has no validation pictures: {sum(aside):,} of {len(members):,} are set aside for that", flush=True)
+
+    def part(wanted: bool) -> Split:
+        mine = [i for i in range(len(members)) if aside[i] == wanted]
+        return file_split(folder, [members[i] for i in mine], [labels[i] for i in mine])
+
+    return part(False), part(True)
+
+
+def name_share(member: str) -> float:
+    """A number in 0..1 that depends on the name alone."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(member), digest_size=8).digest()) / 2**64
+
+
+def first_of_identical(folder: Path, members: list[str]) -> list[int]:
+    """For each file the place of the first, by name, with the same bytes; most are their own. Only files of the same
+    size are read."""
+    sizes, first = {}, {}
+    for i, member in enumerate(members):
+        sizes.setdefault(os.path.getsize(os.path.join(folder, member)), []).append(i)
+    for same in sizes.values():
+        contents = {}
+        for i in sorted(same, key=members.__getitem__):
+            key = i
+            if len(same) > 1:
+                with open(os.path.join(folder, members[i]), "rb") as file:
+                    key = hashlib.file_digest(file, "blake2b").digest()
+            first[i] = contents.setdefault(key, i)
+    return [first[i] for i in range(len(members))]
 
 
 def _folder_of(root: Path, split: str) -> Path | None:
@@ -165,6 +232,11 @@ def _folder_of(root: Path, split: str) -> Path | None:
 
 def labelled_folders(folder: Path, classes: list[str]) -> Split:
     """FOLDER/CLASS/..., pictures at any depth; a class's label is its place in `classes`."""
+    return file_split(folder, *class_members(folder, classes))
+
+
+def class_members(folder: Path, classes: list[str]) -> tuple[list[str], list[int]]:
+    """The pictures of FOLDER/CLASS/..., as paths relative to FOLDER, and their labels."""
     loose = [p.name for p in folder.iterdir() if p.is_file() and p.suffix.lower() in ENDINGS and p.name[0] != "."]
     if loose:
         print(f"{folder}: {len(loose)} pictures lie in no class folder and are skipped (first: {min(loose)})",
@@ -176,7 +248,7 @@ def labelled_folders(folder: Path, classes: list[str]) -> Split:
             raise UserError(f"{folder / name} holds no pictures ({', '.join(sorted(ENDINGS))})")
         members += [f"{name}/{file}" for file in files]
         labels += [label] * len(files)
-    return file_split(folder, members, labels)
+    return members, labels
 
 
 # ---------------------------------------------------------------------------------------------- Caffe's lists

@@ -1,6 +1,7 @@
 """data/trees.py: folders and lists as people make them."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -109,6 +110,86 @@ def test_lists_say_what_is_wrong_with_them(tree, tmp_path):
     assert sources.find(str(tree)).classes == ["a cat", "a dog"]
     (tree / "classes.txt").write_text("a cat\na cat\n")
     with pytest.raises(UserError, match=r"names 1 classes, train.txt has 2"):
+        sources.find(str(tree))
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """ROOT/CLASS/...: 60 different pictures of each of two classes, some of them nested and oddly named."""
+    root = tmp_path / "photos"
+    for label, name in enumerate(("cat", "big dog")):
+        (root / name / "deep").mkdir(parents=True)
+        for number, pixels in enumerate(pictures(60, (20, 20, 3), label)):
+            Image.fromarray(pixels).save(root / name / ("deep" if number % 3 else ".") / f"{number} caf\u00e9.png")
+    return root
+
+
+def names_of(source) -> dict[str, set[str]]:
+    return {split: set(part.pictures.members) for split, part in source.splits.items()}
+
+
+def test_a_folder_of_class_folders_gives_a_part_for_validation(classes, capsys):
+    """A tenth or so, by the names; pictures stay where they are when others are added, whatever --val was made of."""
+    before = names_of(sources.find(str(classes)))
+    assert before["train"] | before["val"] == {str(p.relative_to(classes)) for p in classes.rglob("*.png")}
+    assert not before["train"] & before["val"]
+    assert 4 <= len(before["val"]) <= 24
+    assert f"{len(before['val'])} of 120 are set aside for that" in capsys.readouterr().out
+    for number, pixels in enumerate(pictures(40, (20, 20, 3), 7)):
+        Image.fromarray(pixels).save(classes / "cat" / f"new {number}.png")
+    after = names_of(sources.find(str(classes)))
+    assert all(before[split] <= after[split] for split in before)
+    half = names_of(sources.find(str(classes), val=0.5))
+    assert after["val"] < half["val"]
+    assert 60 <= len(half["val"]) <= 100
+
+
+def test_train_and_test_without_val(classes, tmp_path):
+    """test/ stays what it is, and a class called train is a class."""
+    root = tmp_path / "tree"
+    for split in ("train", "test"):
+        shutil.copytree(classes, root / split)
+    found = names_of(sources.find(str(root)))
+    assert len(found["test"]) == 120
+    assert len(found["train"]) + len(found["val"]) == 120
+    os.rename(classes / "cat", classes / "train")
+    for file in (classes / "train" / "deep").iterdir():
+        file.rename(classes / "train" / file.name)
+    (classes / "train" / "deep").rmdir()
+    assert sources.find(str(classes)).classes == ["big dog", "train"]
+
+
+def test_identical_files_are_on_one_side_and_no_class_ends_empty(tmp_path):
+    """Ten copies of each of 20 pictures; a class of one picture, and one of copies of another class's."""
+    root = tmp_path / "photos"
+    for number, pixels in enumerate(pictures(22, (16, 16, 3))):
+        name = {20: "single", 21: "ab"}.get(number, "ab"[number % 2])
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for copy in range(1 if number > 19 else 10):
+            Image.fromarray(pixels).save(root / name / f"{copy}-{number}.png")
+    (root / "copies").mkdir()
+    for number in range(0, 6, 2):
+        shutil.copy(root / "a" / f"3-{number}.png", root / "copies")
+    for fraction in (0.05, 0.5, 0.99):
+        found = names_of(sources.find(str(root), val=fraction))
+        sides = {split: {(root / name).read_bytes() for name in part} for split, part in found.items()}
+        assert not sides["train"] & sides["val"]
+        assert found["val"]
+        assert {name.split("/")[0] for name in found["train"]} == {"a", "b", "ab", "single", "copies"}
+
+
+def test_what_can_not_be_divided_is_said(tree, tmp_path):
+    with pytest.raises(UserError, match=r"--val 0.2: .* has validation pictures of its own, in val/"):
+        sources.find(str(tree), val=0.2)
+    with pytest.raises(UserError, match=r"--val 0.2: sample has validation pictures of its own"):
+        sources.find("sample", val=0.2)
+    for name in ("one", "two"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9), name and (len(name), ord(name[0]), 0)).save(tmp_path / "few" / name / "only.png")
+    with pytest.raises(UserError, match="has one picture a class: there is none to spare"):
+        sources.find(str(tmp_path / "few"))
+    shutil.rmtree(tree / "train")
+    with pytest.raises(UserError, match=r"has no folder train/; expected .*/train/CLASS/PICTURES or"):
         sources.find(str(tree))
 
 
