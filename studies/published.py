@@ -6,8 +6,9 @@
 
 A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again; one that
 was stopped goes on where it was. Several of these commands can run at once; a net is trained by one of them. The nets
-lie in checkpoints/published/. The choice of the epoch follows the validation pictures, and with all defaults the
-learning rate does, too; the test pictures are read when a net is finished, and not before.
+lie in checkpoints/published/. Rows whose pictures are not on disk, in data/downloads/, are left out. The choice of the
+epoch follows the validation pictures, and with all defaults the learning rate does, too; the test pictures are read
+when a net is finished, and not before.
 """
 
 import fcntl
@@ -33,7 +34,7 @@ from utils import Parser, UserError, pick_device, run_script, write_text
 ROOT = checkpoints.FOLDER.parent
 RESULTS, LOGS = ROOT / "results" / "nets.jsonl", ROOT / "results" / "nets"
 CIFAR10, THIRTY = ["--dataset", "cifar10"], ["--epochs", "30", "--drops", "20", "27"]
-LARGE = ROOT / "data" / "stores" / "cifar10-256"
+STORES, DOWNLOADS = ROOT / "data" / "stores", ROOT / "data" / "downloads"
 
 
 class Row(NamedTuple):
@@ -44,6 +45,19 @@ class Row(NamedTuple):
     together: bool = False  # all seeds as one model, too
 
 
+
+def packed(name: str, source: str, *more: str) -> tuple[list[str], tuple[str, ...]]:
+    """train.py's options for a store, and data.pack's arguments that make it."""
+    store = str(STORES / name)
+    return ["--data", store], (source, *more, "--out", store)
+
+
+LARGE, PACK_LARGE = packed("cifar10-256", "cifar10", "--size", "256")
+IMAGENETTE, PACK_IMAGENETTE = packed("imagenette", str(DOWNLOADS / "imagenette"), "--val", "0.05")
+IMAGEWOOF, PACK_IMAGEWOOF = packed("imagewoof", str(DOWNLOADS / "imagewoof"), "--val", "0.05")
+TINY, PACK_TINY = packed(
+    "tiny-imagenet", str(DOWNLOADS / "tiny-imagenet"), "--val", "0.05", "--size", "72", "--codec", "raw"
+)
 ROWS = {
     "cifar10-default": Row("CIFAR-10, 64 px, all defaults", CIFAR10, 1),
     "cifar10": Row("CIFAR-10, 64 px, 30 epochs, learning rate divided by 10 after 20 and 27", [*CIFAR10, *THIRTY], 5,
@@ -58,8 +72,12 @@ ROWS = {
     "eigenvalues": Row("these with colour noise by eigenvalues", [*CIFAR10, *THIRTY, "--colour", "paper"], 3),
     "fashion-mnist": Row("Fashion-MNIST, 64 px, 30 epochs, learning rate divided by 10 after 20 and 27",
                          ["--dataset", "fashion-mnist", *THIRTY], 5, together=True),
-    "cifar10-256": Row("CIFAR-10 enlarged to 256, crops of 224, 30 epochs", ["--data", str(LARGE), *THIRTY], 1,
-                       ("cifar10", "--size", "256", "--out", str(LARGE))),
+    "imagenette": Row("Imagenette, 224 px, all defaults", IMAGENETTE, 3, PACK_IMAGENETTE),
+    "imagenette-two-columns": Row("Imagenette, 224 px, two columns", [*IMAGENETTE, "--columns", "2"], 1,
+                                  PACK_IMAGENETTE),
+    "tiny-imagenet": Row("Tiny ImageNet, 64 px, all defaults", TINY, 3, PACK_TINY),
+    "imagewoof": Row("Imagewoof, 224 px, all defaults", IMAGEWOOF, 1, PACK_IMAGEWOOF),
+    "cifar10-256": Row("CIFAR-10 enlarged to 256, crops of 224, 30 epochs", [*LARGE, *THIRTY], 1, PACK_LARGE),
 }
 # An idea: the row without it, the row with it, and what the paper says it takes off the top-1 error on ImageNet.
 IDEAS = {
@@ -117,8 +135,12 @@ def make_net(name: str, row: Row, seed: int, precision: str) -> int:
     with suppress(Busy), locked(place):
         if done(name, seed=seed):
             return 0
-        with alone():
-            open_store(row)
+        try:
+            with alone():
+                open_store(row)
+        except UserError as error:
+            print(f"{name} is left out: {error}")
+            return 0
         out = place / "run"
         started, diverged = (out / "last.pt").exists(), None
         if not started:  # killed at its very start, or its line in RESULTS has been taken away

@@ -74,6 +74,14 @@ def test_what_another_process_is_at_is_left_to_it(small):
     assert [e["seed"] for e in read_log(published.RESULTS)] == [1]
 
 
+def test_a_row_without_pictures_is_left_out(small, monkeypatch, capsys):
+    options, arguments = published.packed("nowhere", str(small / "no such folder"))
+    monkeypatch.setitem(published.ROWS, "base", published.Row("none", options, 1, arguments))
+    assert published.main(["base"]) == 0
+    assert "base is left out: " in capsys.readouterr().out
+    assert not published.done("base")
+
+
 def test_tables_say_what_is_not_there(small, monkeypatch, capsys):
     monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trains"))
     assert published.main(["--tables"]) == 0
