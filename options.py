@@ -51,6 +51,8 @@ def resumed(args: Namespace, given: dict) -> Namespace:
             f"nothing to resume: no {last or checkpoints.FOLDER / '*' / 'last.pt'}; start without --resume"
         )
     stored = read_config(last.parent)["arguments"]
+    if stored.get("drops"):
+        stored["patience"] = None  # it has none
     for name, value in given.items():
         if name not in CHANGEABLE and value not in (stored.get(name), "auto"):
             raise UserError(f"{worded(name, value)}: {last.parent} was started {before(name, stored.get(name))}; leave "
@@ -187,6 +189,8 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         raise UserError(f"--drops {max(args.drops)}: the run ends after {args.epochs} epochs; raise --epochs")
     if args.drops and len(set(args.drops)) < len(args.drops):
         raise UserError(f"{worded('drops', args.drops)}: an epoch is named twice")
+    if args.drops and args.lr * 10.0 ** -len(args.drops) < 1e-20:
+        raise UserError(f"--drops: after {len(args.drops)} drops a learning rate of {args.lr:g} is as good as 0")
     if args.image_size is None:
         args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:

@@ -426,7 +426,8 @@ def describe(run: Training, watch: Watch) -> str:
         kernels += "; in bf16 dense layers are torch's"
     epochs = f"at most {args.epochs} epochs, patience {args.patience}"
     if args.drops:
-        epochs = f"{args.epochs} epochs, learning rate divided by 10 after {', '.join(map(str, args.drops))}"
+        drops = ", ".join(str(epoch) for epoch in args.drops if epoch < args.epochs)
+        epochs = f"{args.epochs} epochs, learning rate divided by 10 after {drops or 'none of them'}"
     lines = {
         "data": f"{store.name}: {store.counts['train']:,} training and {store.counts['val']:,} validation pictures, "
         f"{len(store.classes)} classes, {store.size} x {store.size}{' grey' if store.channels == 1 else ''}",

@@ -1,7 +1,7 @@
 """Pack a source into a store, or verify a store:
 
     python -m data.pack SOURCE [--out data/stores/NAME] [--size N] [--codec jpeg|raw] [--workers N] [--shards N]
-                               [--only-shards A:B] [--download yes|no]
+                               [--only-shards A:B] [--val FRACTION] [--download yes|no]
     python -m data.pack --verify STORE
 
 A packing that was killed goes on where it was: the same command keeps the shards that were finished.
@@ -204,6 +204,16 @@ def _stop_if_too_many(job: Job, split: str, skipped: int, one: dict) -> None:
         )
 
 
+def _stop_if_a_class_is_gone(job: Job, skipped: list[dict]) -> None:
+    labels = job.source.splits["train"].labels
+    rows = [one["row"] for one in skipped]
+    gone = np.setdiff1d(labels[rows], np.delete(labels, rows))
+    if len(gone):
+        one = next(one for one in skipped if labels[one["row"]] == gone[0])
+        raise UserError(f"no training picture of {job.source.classes[gone[0]]} can be read: {one['reason']}; put that "
+                        "right, or take the class away")
+
+
 def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
     """Call a shard finished: its .json is written last."""
     entry |= {"job": job.settings, "file": file.result()}
@@ -235,6 +245,8 @@ def _complete(job: Job, pool, lock, resumed: bool) -> bool:
         skipped = [one for entry in part for one in entry["skipped"]]
         if skipped:
             _stop_if_too_many(job, split, len(skipped), skipped[0])
+        if skipped and split == "train":
+            _stop_if_a_class_is_gone(job, skipped)
     try:
         _describe(job, entries)
         (verify if resumed else verify_records)(Store(job.store), pool)

@@ -45,8 +45,8 @@ def find(name: str, download: bool = True, val: float | None = None) -> Source:
     """The source called `name`: a named set or a path. val: the part of the training pictures that becomes the
     validation split of a tree without one. Raises UserError where there is none or it cannot be used, and Unavailable
     where a named set is not on disk and cannot be downloaded."""
-    if val is not None and name in NAMED:
-        raise UserError(f"--val {val:g}: {name} has validation pictures of its own; leave the option out")
+    if val is not None and (name in NAMED or not Path(name).is_dir()):
+        raise UserError(f"--val {val:g} is for folders of class folders, which {name} is not; leave the option out")
     if name in ("cifar10", "cifar100"):
         source = _cifar(name, download)
     elif name == "fashion-mnist":
@@ -79,7 +79,7 @@ def _from_path(path: Path, val: float | None) -> Source:
     else:
         raise UserError(f"{path}: no such data set, folder or file; the named sets are {', '.join(NAMED)}")
     if val is not None:
-        raise UserError(f"--val {val:g}: {path} has validation pictures of its own; leave the option out")
+        raise UserError(f"--val {val:g} is for folders of class folders, which {path} is not; leave the option out")
     if source.name in NAMED:  # a user's own data set never has the name of a named one
         source.name = f"my-{source.name}"
     return source

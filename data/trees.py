@@ -6,14 +6,16 @@ Caffe's list of synsets and in every published checkpoint.
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from data.pictures import ENDINGS, Files
+from data.pictures import ENDINGS, MAX_BYTES, Files
 from utils import UserError
 
 ILSVRC = Path(__file__).parent / "ilsvrc.txt"
@@ -133,8 +135,8 @@ def image_folder(root: Path, val: float | None = None) -> Source:
     ROOT/CLASS/... alone. The names of the three folders may be in capitals. A test/ without class folders is
     unlabelled. Without val/ a part `val` of the training pictures, by default VAL, becomes the validation split."""
     folders = {split: _folder_of(root, split) for split in FOLDERS}
-    if _holds_classes_alone(root, folders):
-        folders = {"train": root, "val": None, "test": None}
+    if not any(folders.values()) and subfolders(root):
+        folders["train"] = root
     if folders["train"] is None:
         raise UserError(f"{root} has no folder train/; expected {root}/train/CLASS/PICTURES or {root}/CLASS/PICTURES")
     if folders["val"] is not None and val is not None:
@@ -165,14 +167,6 @@ def image_folder(root: Path, val: float | None = None) -> Source:
         else:
             splits[split] = labelled_folders(folder, classes)
     return file_source(root.resolve().name, classes, splits)
-
-
-def _holds_classes_alone(root: Path, folders: dict[str, Path | None]) -> bool:
-    """Whether ROOT's folders are classes: none is called like a split, or one that is, holds no folders itself and has
-    others beside it (a class of trains)."""
-    others = set(subfolders(root)) - {folder.name for folder in folders.values() if folder}
-    named = [folder for folder in folders.values() if folder]
-    return bool(others) and not any(subfolders(folder) for folder in named) and (not named or folders["train"] in named)
 
 
 def divided(folder: Path, members: list[str], labels: list[int], fraction: float) -> tuple[Split, Split]:
@@ -208,19 +202,19 @@ def name_share(member: str) -> float:
 
 def first_of_identical(folder: Path, members: list[str]) -> list[int]:
     """For each file the place of the first, by name, with the same bytes; most are their own. Only files of the same
-    size are read."""
-    sizes, first = {}, {}
+    size are read, and none that the packer would refuse."""
+    first, sizes = list(range(len(members))), {}
     for i, member in enumerate(members):
-        sizes.setdefault(os.path.getsize(os.path.join(folder, member)), []).append(i)
+        with suppress(OSError):  # told, and left out, when it is packed
+            status = os.stat(os.path.join(folder, member))
+            if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+                sizes.setdefault(status.st_size, []).append(i)
     for same in sizes.values():
         contents = {}
-        for i in sorted(same, key=members.__getitem__):
-            key = i
-            if len(same) > 1:
-                with open(os.path.join(folder, members[i]), "rb") as file:
-                    key = hashlib.file_digest(file, "blake2b").digest()
-            first[i] = contents.setdefault(key, i)
-    return [first[i] for i in range(len(members))]
+        for i in sorted(same, key=members.__getitem__) if len(same) > 1 else ():
+            with suppress(OSError), open(os.path.join(folder, members[i]), "rb") as file:
+                first[i] = contents.setdefault(hashlib.file_digest(file, "blake2b").digest(), i)
+    return first
 
 
 def _folder_of(root: Path, split: str) -> Path | None:

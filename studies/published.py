@@ -2,7 +2,7 @@
 
     python -m studies.published                       everything that is not done yet, seed by seed
     python -m studies.published cifar10 no-lrn        these rows only
-    python -m studies.published --tables              train nothing, print the tables of what is done
+    python -m studies.published --tables              train nothing, print the tables of all rows
 
 A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again; one that
 was stopped goes on where it was. Several of these commands can run at once; a net is trained by one of them. The nets
@@ -96,6 +96,8 @@ def main(argv=None) -> int:
     unknown = [name for name in args.rows if name not in ROWS]
     if unknown:
         raise UserError(f"there is no row {unknown[0]}; the rows are {', '.join(ROWS)}")
+    if args.rows and args.tables:
+        raise UserError("--tables prints all rows and takes no names")
     rows = {name: ROWS[name] for name in args.rows or ROWS}
     if not args.tables:
         for seed in range(max(row.seeds for row in rows.values())):

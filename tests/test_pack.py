@@ -37,7 +37,7 @@ def test_the_store_holds_what_the_source_gives(store):
 
 def test_a_named_set_without_a_store_is_packed_or_the_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "STORES", tmp_path)
-    monkeypatch.setattr(sources, "find", lambda name, download, val: small_source("sample"))
+    monkeypatch.setattr(sources, "find", lambda *_: small_source("sample"))
     with pytest.raises(UserError, match=r"make it first: python -m data\.pack sample$"):
         pack.named_store("sample", download=None)
     assert pack.named_store("sample").size == pack.named_store("sample").size == 72
@@ -48,7 +48,7 @@ def test_a_named_set_without_a_store_is_packed_or_the_command_is_named(tmp_path,
 def test_pictures_smaller_than_any_alexnets(tmp_path, monkeypatch, size):
     """Studies have nets for these; 15 is refused."""
     source = small_source("sample")
-    monkeypatch.setattr(sources, "find", lambda name, download, val: source)
+    monkeypatch.setattr(sources, "find", lambda *_: source)
     assert pack.main(["sample", "--size", str(size), "--out", str(tmp_path / "x"), "--workers", "1"]) == 0
     assert Store(tmp_path / "x").size == size
     images, _ = Store(tmp_path / "x").split("train").read(np.arange(3))

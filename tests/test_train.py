@@ -95,6 +95,10 @@ def test_fixed_drops(store, tmp_path, capsys):
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(UserError, match=r"--drops 4: .* was started with --drops 1 3"):
         resume(tmp_path / "parts", "--drops", 4)
+    with pytest.raises(UserError, match=r"--patience 5: .* was started without --patience"):
+        resume(tmp_path / "parts", "--patience", 5)
+    with pytest.raises(UserError, match=r"after 20 drops a learning rate of .* is as good as 0"):
+        run(store, tmp_path / "no", "--epochs", 90, "--drops", *range(1, 21))
     with pytest.raises(UserError, match="--drops 5: the run ends after 5 epochs"):
         run(store, tmp_path / "no", "--epochs", 5, "--drops", 2, 5)
     with pytest.raises(UserError, match="--drops 2 2: an epoch is named twice"):

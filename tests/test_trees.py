@@ -145,18 +145,32 @@ def test_a_folder_of_class_folders_gives_a_part_for_validation(classes, capsys):
 
 
 def test_train_and_test_without_val(classes, tmp_path):
-    """test/ stays what it is, and a class called train is a class."""
+    """test/ stays what it is; folders beside train/ or test/ are no classes."""
     root = tmp_path / "tree"
     for split in ("train", "test"):
         shutil.copytree(classes, root / split)
     found = names_of(sources.find(str(root)))
     assert len(found["test"]) == 120
     assert len(found["train"]) + len(found["val"]) == 120
-    os.rename(classes / "cat", classes / "train")
-    for file in (classes / "train" / "deep").iterdir():
-        file.rename(classes / "train" / file.name)
-    (classes / "train" / "deep").rmdir()
-    assert sources.find(str(classes)).classes == ["big dog", "train"]
+    shutil.move(classes / "cat" / "deep", tmp_path / "deep")
+    for name, message in (("train", "train has no class folders"), ("test", "has no folder train/")):
+        os.rename(classes / "cat", classes / name)  # loose pictures, as Dogs vs. Cats has them
+        with pytest.raises(UserError, match=message):
+            sources.find(str(classes))
+        os.rename(classes / name, classes / "cat")
+
+
+def test_what_is_no_file_is_left_to_the_packer(classes, tmp_path):
+    """Neither read nor waited for when pictures are compared: a FIFO, a device, a broken link, terabytes."""
+    for folder in ("cat", "big dog"):
+        os.mkfifo(classes / folder / "fifo.png")
+        (classes / folder / "empty.png").touch()
+        (classes / folder / "zero.png").symlink_to("/dev/zero")
+        (classes / folder / "gone.png").symlink_to("/nonexistent")
+        (classes / folder / "huge.png").touch()
+        os.truncate(classes / folder / "huge.png", 2**42)
+    source = sources.find(str(classes))
+    assert sum(len(part.labels) for part in source.splits.values()) == 130
 
 
 def test_identical_files_are_on_one_side_and_no_class_ends_empty(tmp_path):
@@ -178,10 +192,23 @@ def test_identical_files_are_on_one_side_and_no_class_ends_empty(tmp_path):
         assert {name.split("/")[0] for name in found["train"]} == {"a", "b", "ab", "single", "copies"}
 
 
+def test_a_class_without_a_training_picture_that_can_be_read(tmp_path):
+    """The picture that was kept for training may be the broken one: no store, and the class named."""
+    root = tmp_path / "photos"
+    for name, count in (("many", 200), ("few", 1)):
+        (root / name).mkdir(parents=True)
+        for number, pixels in enumerate(pictures(count, (16, 16, 3))):
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    (root / "few" / "0.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"no training picture of few can be read: .*0\.png"):
+        pack.pack(sources.find(str(root)), tmp_path / "store", size=64)
+    assert not (tmp_path / "store").exists()
+
+
 def test_what_can_not_be_divided_is_said(tree, tmp_path):
     with pytest.raises(UserError, match=r"--val 0.2: .* has validation pictures of its own, in val/"):
         sources.find(str(tree), val=0.2)
-    with pytest.raises(UserError, match=r"--val 0.2: sample has validation pictures of its own"):
+    with pytest.raises(UserError, match=r"--val 0.2 is for folders of class folders, which sample is not"):
         sources.find("sample", val=0.2)
     for name in ("one", "two"):
         (tmp_path / "few" / name).mkdir(parents=True)
