@@ -38,6 +38,10 @@ def main(argv=None) -> int:
     if bool(args.source) == bool(args.verify):
         raise UserError("give a SOURCE to pack or --verify STORE (--help lists the options)")
     if args.verify:
+        packing = ("out", "size", "codec", "shards", "only_shards", "val")
+        useless = [name for name in packing if getattr(args, name) is not None]
+        if useless:
+            raise UserError(f"--{useless[0].replace('_', '-')} is for packing; --verify STORE checks a store as it is")
         store = Store(args.verify)
         with start_pool(args.workers) as pool:
             verify(store, pool)

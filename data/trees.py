@@ -107,20 +107,21 @@ def pictures_below(folder: str | Path) -> list[str]:
     return found
 
 
-def _walk(folder: str, seen: set) -> Iterator[tuple[str, list[str]]]:
+def _walk(top: str, seen: set) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files) for a folder and all below it, but for hidden ones; a link to a folder above it, or
     where the walk already was, leads nowhere."""
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
-        print(f"{folder} leads to where the search comes from or was already, and is skipped", flush=True)
-        return
-    seen.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        entries = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
-    yield folder, [name for name, is_folder in entries if not is_folder]
-    for name, is_folder in entries:
-        if is_folder:
-            yield from _walk(os.path.join(folder, name), seen)
+    ahead = [top]  # not by recursion: a tree can be deeper than Python's stack
+    while ahead:
+        folder = ahead.pop()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            print(f"{folder} leads to where the search comes from or was already, and is skipped", flush=True)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            entries = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
+        yield folder, [name for name, is_folder in entries if not is_folder]
+        ahead += [os.path.join(folder, name) for name, is_folder in reversed(entries) if is_folder]
 
 
 def subfolders(folder: Path) -> list[str]:

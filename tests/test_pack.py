@@ -206,6 +206,8 @@ utils.run_script(lambda argv: pack.pack(small_source(), {str(tmp_path / "out")!r
         (["sample", "--shards", "4", "--only-shards", "3:5"], "there are 4 shards"),
         (["sample", "--shards", "100000"], "--shards"),
         (["--verify", "nowhere"], "no such folder"),
+        (["--verify", "nowhere", "--val", "0.2"], "--val is for packing"),
+        (["--verify", "nowhere", "--only-shards", "0:1"], "--only-shards is for packing"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message):

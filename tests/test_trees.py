@@ -12,7 +12,7 @@ from conftest import pictures
 from helpers import ROOT
 from PIL import Image
 
-from data import pack, sources
+from data import pack, sources, trees
 from utils import UserError
 
 
@@ -27,6 +27,18 @@ def test_names_that_are_no_lines_of_text_stay_in_step(tree, tmp_path, capsys):
     assert len(found) == store.counts["val"] == 13
     assert {"cat/a\\rb.png", "cat/g\\u2028h.png", "cat/k\\udcffl.png", "cat/caf\u00e9.png"} <= set(found)
     assert [name.split("/")[0] for name in found] == ["cat"] * 10 + ["dog"] * 3
+
+
+def test_a_tree_can_be_deeper_than_pythons_stack(tmp_path):
+    deep = tmp_path / "deep"
+    inside = deep / "/".join("x" * sys.getrecursionlimit())
+    try:
+        subprocess.run(["mkdir", "-p", inside], check=True)  # Python's own makedirs and rmtree call themselves
+        (inside / "cat.png").touch()
+        (deep / "x" / "dog.png").touch()
+        assert trees.pictures_below(deep) == ["x/dog.png", str((inside / "cat.png").relative_to(deep))]
+    finally:
+        subprocess.run(["rm", "-r", deep], check=True)
 
 
 def test_names_are_written_in_utf8_whatever_the_locale(tmp_path):
