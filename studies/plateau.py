@@ -3,6 +3,7 @@
     python -m studies.plateau                          ten seeds of train.py's defaults
     python -m studies.plateau --pixels 0-255 divided --dropout paper inverted --init 2012 paper pytorch kaiming \\
         --seeds 3 --steps 250 --stop-below 1           two, two and four choices crossed: 16 cells, three seeds each
+    python -m studies.plateau --data data/stores/imagenette --steps 100 --seeds 1
 
 A loss of ln(classes), 2.303 for ten classes, means that nothing has been learnt. A cell is one value of each of the
 five choices; the first value of each is train.py's. Each finished run is a line in --out, and runs that stand there
@@ -25,6 +26,7 @@ from checkpoints.run import append_line, environment, read_log
 from data import sources
 from data.loader import Loader
 from data.pack import named_store
+from data.store import Store
 from kernels import accelerate
 from recipe import make_optimizer
 from studies.common import batches, new_figure, results_file, save_figure
@@ -48,7 +50,8 @@ LEFT = 0.9  # the plateau is left when that mean falls below this part of ln(cla
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device, out = pick_device(args.device), results_file(args.out)
-    store = named_store(args.dataset)
+    store = Store(args.data) if args.data else named_store(args.dataset)
+    args.dataset = store.name
     loader, machine = Loader(store, "train", device), environment(device)
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
     before = read_log(out)
@@ -62,7 +65,9 @@ def main(argv=None) -> int:
             run = options.make_parser().parse_args(["--seed", str(seed), "--max-steps", str(args.steps)])
             options.settle(run, store, device, world=1)
             losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
-            entry |= summary(losses, len(store.classes)) | {"outputs": outputs, "seconds": time.monotonic() - began}
+            entry |= summary(losses, len(store.classes)) | {
+                "outputs": outputs, "precision": run.precision, "seconds": time.monotonic() - began,
+            }
             append_line(out, entry | machine)
     alike = (args.dataset, args.steps, args.stop_below)
     entries = [e for e in read_log(out) if (e["dataset"], e["steps"], e["stop_below"]) == alike]
@@ -260,7 +265,9 @@ def draw_signal(axes, entries: list[dict]) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m studies.plateau", description="The first steps of training, cell by cell.")
-    parser.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--dataset", choices=sources.NAMED, default="fashion-mnist", help="default: %(default)s")
+    where.add_argument("--data", metavar="STORE", help="a store of other pictures, made by data.pack")
     for name, values in CHOICES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", choices=values, default=[values[0]],
                             type=type(values[0]), help=f"one or more (default: {values[0]})")
