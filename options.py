@@ -178,6 +178,13 @@ def _add_machine(group) -> None:
     group.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps from the very start")
 
 
+def settled_precision(precision: str, device: torch.device) -> str:
+    """What "auto" is on this device: bf16 on a GPU that has it, fp32 otherwise."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
+
+
 def settle(args, store: Store, device: torch.device, world: int) -> None:
     """Fill in what the store and the device decide, and refuse what does not fit them."""
     if args.resume and read_config(args.out)["fingerprint"] != store.fingerprint:
@@ -199,8 +206,7 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
                         "pack them again with a larger --size")
     if args.workers is None:
         args.workers = default_workers(device)
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
+    args.precision = settled_precision(args.precision, device)
     for split in ("train", "val"):
         if not store.counts.get(split):
             raise UserError(f"{store.path} has no {split} pictures; pack it again with some")

@@ -4,11 +4,12 @@
     python -m studies.published cifar10 no-lrn        these rows only
     python -m studies.published --tables              train nothing, print the tables of all rows
 
-A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again; one that
-was stopped goes on where it was. Several of these commands can run at once; a net is trained by one of them. The nets
-lie in checkpoints/published/. Rows whose pictures are not on disk, in data/downloads/, are left out. The choice of the
-epoch follows the validation pictures, and with all defaults the learning rate does, too; the test pictures are read
-when a net is finished, and not before.
+A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again on that
+kind of device and in that precision; one that was stopped goes on where it was. Several of these commands can run at
+once; a net is trained by one of them. The nets lie in checkpoints/published/. Rows whose pictures are not on disk, in
+data/downloads/, are left out. A row of the tables shows the nets of one kind of device and one precision: those of
+which there are the most. The choice of the epoch follows the validation pictures, and with all defaults the learning
+rate does, too; the test pictures are read when a net is finished, and not before.
 """
 
 import fcntl
@@ -16,11 +17,15 @@ import json
 import os
 import shutil
 import statistics
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import checkpoints
+import options
 import test
 import train
 import utils
@@ -28,6 +33,7 @@ from checkpoints.run import Busy, append_line, environment, locked, read_config,
 from data import pack
 from data.pack import named_store
 from data.store import Store
+from studies import half
 from studies.common import verdict
 from utils import Parser, UserError, pick_device, run_script, write_text
 
@@ -43,7 +49,14 @@ class Row(NamedTuple):
     seeds: int
     pack: tuple[str, ...] = ()  # data.pack's arguments, where the store is none of a named set
     together: bool = False  # all seeds as one model, too
+    half: bool = False  # of the kernels in conv1 to conv4: studies.half's net
 
+
+class Machine(NamedTuple):
+    """What nets are comparable on."""
+
+    device: str  # its name, as in the lines
+    precision: str
 
 
 def packed(name: str, source: str, *more: str) -> tuple[list[str], tuple[str, ...]]:
@@ -67,6 +80,7 @@ ROWS = {
     "no-dropout": Row("these without dropout", [*CIFAR10, *THIRTY, "--no-dropout"], 5),
     "no-colour": Row("these without colour noise", [*CIFAR10, *THIRTY, "--colour", "off"], 5),
     "two-columns": Row("these with two columns", [*CIFAR10, *THIRTY, "--columns", "2"], 3),
+    "half": Row("these with half of the kernels in conv1 to conv4", [*CIFAR10, *THIRTY], 3, half=True),
     "2012": Row("these with two columns in the order of the 2012 code",
                 [*CIFAR10, *THIRTY, "--columns", "2", "--order", "2012"], 3),
     "eigenvalues": Row("these with colour noise by eigenvalues", [*CIFAR10, *THIRTY, "--colour", "paper"], 3),
@@ -79,15 +93,27 @@ ROWS = {
     "imagewoof": Row("Imagewoof, 224 px, all defaults", IMAGEWOOF, 1, PACK_IMAGEWOOF),
     "cifar10-256": Row("CIFAR-10 enlarged to 256, crops of 224, 30 epochs", [*LARGE, *THIRTY], 1, PACK_LARGE),
 }
-# An idea: the row without it, the row with it, and what the paper says it takes off the top-1 error on ImageNet.
+CENTER, TEN_CROP = "center_error", "ten-crop_error"
+
+
+class Idea(NamedTuple):
+    before: str  # the row without it
+    after: str  # the row with it
+    paper: str  # what it takes off the top-1 error on ImageNet
+    tested_with: str = CENTER  # how the row with it is tested
+
+
 IDEAS = {
-    "LRN": ("no-lrn", "cifar10", "1.4 points (section 3.3)"),
-    "overlapping pooling": ("no-overlap", "cifar10", "0.4 points (section 3.4)"),
-    "dropout": ("no-dropout", "cifar10", "no figure: 'substantial overfitting' without (section 4.2)"),
-    "colour noise": ("no-colour", "cifar10", "over 1 point (section 4.1)"),
-    "two columns": ("cifar10", "two-columns", "another comparison: 1.7 points against half the kernels (section 3.2)"),
-    "the 2012 order": ("two-columns", "2012", "no figure: the paper's text against its authors' code"),
-    "colour noise by standard deviations": ("eigenvalues", "cifar10", "no figure: the paper's text against the code"),
+    "LRN": Idea("no-lrn", "cifar10", "1.4 points (section 3.3)"),
+    "overlapping pooling": Idea("no-overlap", "cifar10", "0.4 points (section 3.4)"),
+    "dropout": Idea("no-dropout", "cifar10", "no figure: 'substantial overfitting' without (section 4.2)"),
+    "colour noise": Idea("no-colour", "cifar10", "over 1 point (section 4.1)"),
+    "ten crops": Idea("cifar10", "cifar10", "1.5 points (table 1 and its footnote, ILSVRC-2010)", TEN_CROP),
+    "two columns, against half of the kernels in one": Idea("half", "two-columns", "1.7 points (section 3.2)"),
+    "two columns, against all kernels in one": Idea("cifar10", "two-columns", "no figure"),
+    "the 2012 order": Idea("two-columns", "2012", "no figure: the paper's text against its authors' code"),
+    "colour noise by standard deviations": Idea("eigenvalues", "cifar10",
+                                                "no figure: the paper's text against the code"),
 }
 
 
@@ -100,13 +126,15 @@ def main(argv=None) -> int:
         raise UserError("--tables prints all rows and takes no names")
     rows = {name: ROWS[name] for name in args.rows or ROWS}
     if not args.tables:
+        device = pick_device(args.device)
+        precision = options.settled_precision(args.precision, device)
         for seed in range(max(row.seeds for row in rows.values())):
             for name, row in rows.items():
-                if seed < row.seeds and (status := make_net(name, row, seed, args.precision)):
+                if seed < row.seeds and (status := make_net(name, row, seed, device, precision)):
                     return status  # a signal stopped the training; the next start goes on there
         for name, row in rows.items():
             if row.together:
-                test_together(name, row)
+                test_together(name, row, device, precision)
     print(tables())
     return 0
 
@@ -114,28 +142,26 @@ def main(argv=None) -> int:
 # ---------------------------------------------------------------------------------------------- nets
 
 
-def done(name: str, **wanted) -> list[dict]:
-    """The finished nets of a row, by seed, with these values."""
-    found = {e["seed"]: e for e in read_log(RESULTS) if e.get("row") == name and "seed" in e}
-    return [found[s] for s in sorted(found) if all(found[s].get(k) == v for k, v in wanted.items())]
+def finished(name: str) -> dict[Machine, dict[int, dict]]:
+    """The finished nets of a row, by machine and seed."""
+    found = defaultdict(dict)
+    for e in read_log(RESULTS):
+        if e.get("row") == name and "seed" in e:
+            found[Machine(e["device"], e["precision"])][e["seed"]] = e
+    return found
 
 
-def sound(name: str) -> list[dict]:
-    """The finished nets of a row that did not diverge."""
-    return [e for e in done(name) if "diverged" not in e]
+def folder(name: str, seed: int, device: torch.device, precision: str) -> Path:
+    return checkpoints.FOLDER / "published" / f"{name}-{seed}-{device.type}-{precision}"
 
 
-def folder(name: str, seed: int) -> Path:
-    return checkpoints.FOLDER / "published" / f"{name}-{seed}"
-
-
-def make_net(name: str, row: Row, seed: int, precision: str) -> int:
+def make_net(name: str, row: Row, seed: int, device: torch.device, precision: str) -> int:
     """Train, test and note one net, unless it is done or another process is at it. Returns train.py's exit status, 0
     where it finished or diverged."""
-    place = folder(name, seed)
+    place, machine = folder(name, seed, device, precision), Machine(environment(device)["device"], precision)
     place.mkdir(parents=True, exist_ok=True)
     with suppress(Busy), locked(place):
-        if done(name, seed=seed):
+        if seed in finished(name)[machine]:
             return 0
         try:
             with alone():
@@ -144,24 +170,19 @@ def make_net(name: str, row: Row, seed: int, precision: str) -> int:
             print(f"{name} is left out: {error}")
             return 0
         out = place / "run"
-        started, diverged = (out / "last.pt").exists(), None
-        if not started:  # killed at its very start, or its line in RESULTS has been taken away
-            shutil.rmtree(out, ignore_errors=True)
-        anew = [*row.options, "--seed", str(seed), "--precision", precision, "--out", str(out)]
-        try:
-            status = train.main(["--resume", "--out", str(out)] if started else anew)
-        except utils.Diverged as error:
-            status, diverged = 0, str(error)
+        status, diverged = train_net(row, seed, device, precision, out)
         if status:
             return status
         log = read_log(out / "log.jsonl")
         LOGS.mkdir(parents=True, exist_ok=True)
-        write_text(LOGS / f"{name}-{seed}.jsonl", "".join(json.dumps(e) + "\n" for e in log))
+        copy = LOGS / f"{place.name}.jsonl"
+        write_text(copy, "".join(json.dumps(e) + "\n" for e in log))
+        entry = about(name, row, seed, out) | {"log": copy.name}
         if diverged:
-            append_line(RESULTS, about(name, row, seed, out) | {"diverged": diverged})
+            append_line(RESULTS, entry | {"diverged": diverged})
             return 0
-        tested = {f"{protocol}_error": test_error(row, [out], protocol) for protocol in ("center", "ten-crop")}
-        append_line(RESULTS, about(name, row, seed, out) | {
+        tested = {key: test_error(row, [out], device, ten_crop=key == TEN_CROP) for key in (CENTER, TEN_CROP)}
+        append_line(RESULTS, entry | {
             "epochs": len(log), "train_top1_error": log[-1]["train_top1_error"],
             "val_top1_error": min(e["val_top1_error"] for e in log), **tested,
             "seconds": sum(e["seconds"] for e in log),
@@ -170,18 +191,33 @@ def make_net(name: str, row: Row, seed: int, precision: str) -> int:
     return 0
 
 
+def train_net(row: Row, seed: int, device: torch.device, precision: str, out: Path) -> tuple[int, str | None]:
+    """train.py's exit status, and what it said if the net diverged."""
+    started = (out / "last.pt").exists()
+    if not started:  # killed at its very start, or its line in RESULTS has been taken away
+        shutil.rmtree(out, ignore_errors=True)
+    anew = ["--seed", str(seed), "--precision", precision, "--device", device.type, "--out", str(out)]
+    try:
+        script = half if row.half else train
+        return script.main(["--resume", "--out", str(out)] if started else [*row.options, *anew]), None
+    except utils.Diverged as error:
+        return 0, str(error)
+
+
 def about(name: str, row: Row, seed: int, out: Path) -> dict:
     """What a line says of how its net was made; the commit is that of the run's start."""
     config = read_config(out)
     made = {key: config[key] for key in ("commit", "device", "threads", "torch", "python", "processes")}
     command = " ".join(["python train.py", *row.options, "--seed", str(seed)]).replace(f"{ROOT}/", "")
+    if row.half:  # no option of train.py's
+        command = f"python -m studies.published {name}"
     return {"row": name, "seed": seed, "command": command, "precision": config["arguments"]["precision"], **made}
 
 
 @contextmanager
 def alone():
     """Wait for the other processes: the first one packs the store."""
-    descriptor = os.open(folder("any", 0).parent, os.O_RDONLY)
+    descriptor = os.open(checkpoints.FOLDER / "published", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -199,29 +235,35 @@ def open_store(row: Row) -> Store:
     return Store(where)
 
 
-def test_error(row: Row, runs: list[Path], protocol: str) -> float:
+def test_error(row: Row, runs: list[Path], device: torch.device, ten_crop: bool) -> float:
     """Top-1 error in percent on the test pictures, of several nets as one model where there are several."""
-    paths, device = [run / "best.pt" for run in runs], pick_device("auto")
-    return test.errors(paths, open_store(row), ten_crop=protocol == "ten-crop", device=device)["top1_error"]
+    paths, how = [run / "best.pt" for run in runs], {"ten_crop": ten_crop, "device": device}
+    store = open_store(row)
+    found = half.errors(paths[0], store, **how) if row.half else test.errors(paths, store, **how)
+    return found["top1_error"]
 
 
-def test_together(name: str, row: Row) -> None:
+def test_together(name: str, row: Row, device: torch.device, precision: str) -> None:
     """All nets of a row as one model, ten crops; nothing while one is missing."""
-    runs = [folder(name, seed) / "run" for seed in range(row.seeds)]
-    with suppress(Busy), locked(folder(name, 0)):
-        if together(name) is not None or len(sound(name)) < row.seeds:
+    places = [folder(name, seed, device, precision) for seed in range(row.seeds)]
+    here = environment(device)
+    machine = Machine(here["device"], precision)
+    with suppress(Busy), locked(places[0]):
+        if together(name, machine) is not None or len(sound(finished(name)[machine])) < row.seeds:
             return
+        runs = [place / "run" for place in places]
         if not all((run / "best.pt").exists() for run in runs):
-            print(f"{name}: its nets are no longer in {runs[0].parent.parent}; they can't be tested as one")
+            print(f"{name}: its nets are no longer in {places[0].parent}; they can't be tested as one")
             return
-        entry = {"row": name, "together": row.seeds, "ten-crop_error": test_error(row, runs, "ten-crop")}
-        append_line(RESULTS, entry | environment(pick_device("auto")))
+        entry = {"row": name, "together": row.seeds, "precision": precision}
+        append_line(RESULTS, entry | {TEN_CROP: test_error(row, runs, device, ten_crop=True)} | here)
 
 
-def together(name: str) -> float | None:
+def together(name: str, machine: Machine) -> float | None:
     """The error of a row's nets as one model."""
-    found = [e["ten-crop_error"] for e in read_log(RESULTS) if e.get("row") == name and "together" in e]
-    return found[-1] if found else None
+    found = [e for e in read_log(RESULTS) if e.get("row") == name and "together" in e]
+    errors = [e[TEN_CROP] for e in found if Machine(e["device"], e["precision"]) == machine]
+    return errors[-1] if errors else None
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -232,49 +274,65 @@ def tables() -> str:
     return "\n".join([*error_table(), "", *idea_table()])
 
 
+def sound(nets: dict[int, dict]) -> list[dict]:
+    """By seed, the nets that did not diverge."""
+    return [nets[seed] for seed in sorted(nets) if "diverged" not in nets[seed]]
+
+
+def shown(name: str) -> tuple[Machine | None, list[dict]]:
+    """The machine with the most sound nets of a row, the latest of several, and these nets."""
+    found = [(machine, sound(nets)) for machine, nets in finished(name).items()]
+    return max(reversed(found), key=lambda entry: len(entry[1]), default=(None, []))
+
+
 def error_table() -> list[str]:
     lines = ["| what | centre crop | ten crops | all as one, ten crops | training error | nets | made on |",
              "|---|---|---|---|---|---|---|"]
     for name, row in ROWS.items():
-        nets = sound(name)
+        machine, nets = shown(name)
         if not nets:
             lines.append(f"| {row.what} | not measured yet | | | | 0 of {row.seeds} | |")
             continue
-        one = together(name)
-        shown = [spread_of(nets, key) for key in ("center_error", "ten-crop_error")]
-        made = sorted({f"{e['device']}, {e['precision']}" for e in nets})
+        one = together(name, machine)
         lines.append(
-            f"| {row.what} | {shown[0]} | {shown[1]} | {'' if one is None else f'{one:.2f}'} | "
-            f"{spread_of(nets, 'train_top1_error')} | {len(nets)} of {row.seeds} | {'; '.join(made)} |"
+            f"| {row.what} | {spread_of(nets, CENTER)} | {spread_of(nets, TEN_CROP)} | "
+            f"{'' if one is None else f'{one:.2f}'} | {spread_of(nets, 'train_top1_error')} | "
+            f"{len(nets)} of {row.seeds} | {machine.device}, {machine.precision} |"
         )
-    diverged = [f"{name} with seed {e['seed']}" for name in ROWS for e in done(name) if "diverged" in e]
+    diverged = [f"{name} with seed {seed} on {machine.device}" for name in ROWS
+                for machine, nets in finished(name).items() for seed, e in nets.items() if "diverged" in e]
     return [*lines, *(["", f"diverged: {', '.join(diverged)}"] if diverged else [])]
 
 
 def idea_table() -> list[str]:
     lines = ["| idea | paper, on ImageNet | without | with | points off, by seed | in all |",
              "|---|---|---|---|---|---|"]
-    for idea, (before, after, paper) in IDEAS.items():
-        # Pairs differ in the idea alone: not in the machine, nor in the precision.
-        without, with_it = (
-            {(e["seed"], e["device"], e["precision"]): e for e in sound(name)} for name in (before, after)
-        )
-        seeds = sorted(set(without) & set(with_it))
-        if not seeds:
-            lines.append(f"| {idea} | {paper} | not measured yet | | | |")
+    for name, idea in IDEAS.items():
+        paired = (pairs_on(machine, idea) for machine in reversed(finished(idea.before)))
+        pairs = max(paired, key=len, default=[])
+        if not pairs:
+            lines.append(f"| {name} | {idea.paper} | not measured yet | | | |")
             continue
-        pairs, key = [(without[s], with_it[s]) for s in seeds], "center_error"
-        gains = [a[key] - b[key] for a, b in pairs]
-        shown = [spread_of(nets, key) for nets in zip(*pairs, strict=True)]
+        gains = [without - with_it for without, with_it in pairs]
+        means = " | ".join(mean_and_spread(errors) for errors in zip(*pairs, strict=True))
         by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
-        lines.append(f"| {idea} | {paper} | {shown[0]} | {shown[1]} | {by_seed} | {verdict(gains)} |")
+        lines.append(f"| {name} | {idea.paper} | {means} | {by_seed} | {verdict(gains)} |")
     return lines
 
 
+def pairs_on(machine: Machine, idea: Idea) -> list[tuple[float, float]]:
+    """Errors without and with an idea, of nets with the same seed that were made on one machine."""
+    without, with_it = ({e["seed"]: e for e in sound(finished(row)[machine])} for row in (idea.before, idea.after))
+    return [(without[s][CENTER], with_it[s][idea.tested_with]) for s in without if s in with_it]
+
+
 def spread_of(nets: list[dict], key: str) -> str:
-    """The mean of a percentage, and its standard deviation over nets."""
-    values = [e[key] for e in nets]
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    return mean_and_spread([e[key] for e in nets])
+
+
+def mean_and_spread(errors: list[float]) -> str:
+    """The mean of percentages, and their standard deviation where there are several."""
+    return f"{statistics.mean(errors):.2f}" + (f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else "")
 
 
 def make_parser() -> Parser:
@@ -283,6 +341,7 @@ def make_parser() -> Parser:
                         help=f"what to train, of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                         help="as in train.py; the tables say it (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--tables", action="store_true", help="train nothing, print the tables")
     return parser
 

@@ -3,27 +3,32 @@
 import shutil
 
 import pytest
+import torch
 
 import checkpoints
 import test
 import train
-from checkpoints.run import locked, read_log
+from checkpoints.run import environment, locked, read_log
 from data.store import Store
-from studies import published
+from studies import half, published
 from utils import Diverged, UserError
+
+CPU = ["--device", "cpu"]
 
 
 @pytest.fixture
 def small(store, tmp_path, monkeypatch):
     """Two rows of two nets each on the small store, and an idea that compares them."""
-    options = ["--data", str(store.path), "--epochs", "2", "--drops", "1", "--batch-size", "48", "--workers", "0",
-               "--device", "cpu"]
+    options = ["--data", str(store.path), "--epochs", "2", "--drops", "1", "--batch-size", "48", "--workers", "0"]
     rows = {
         "base": published.Row("small", options, 2, together=True),
         "plain": published.Row("the same without LRN", [*options, "--no-lrn"], 2),
     }
     monkeypatch.setattr(published, "ROWS", rows)
-    monkeypatch.setattr(published, "IDEAS", {"LRN": ("plain", "base", "1.4")})
+    monkeypatch.setattr(published, "IDEAS", {
+        "LRN": published.Idea("plain", "base", "1.4"),
+        "ten crops": published.Idea("base", "base", "1.5", published.TEN_CROP),
+    })
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(published, "RESULTS", tmp_path / "results" / "nets.jsonl")
     monkeypatch.setattr(published, "LOGS", tmp_path / "results" / "nets")
@@ -40,23 +45,23 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
             [*argv, "--max-steps", "100"] if "--resume" in argv else argv)
 
     monkeypatch.setattr(train, "main", stop_first)
-    assert published.main([]) == 143
+    assert published.main(CPU) == 143
     assert not published.RESULTS.exists()
-    assert published.main([]) == 0
-    assert published.main([]) == 0
+    assert published.main(CPU) == 0
+    assert published.main(CPU) == 0
     assert ["--resume" in argv for argv in calls] == [False, True, False, False, False]
     *nets, together = read_log(published.RESULTS)
     assert [(e["row"], e["seed"]) for e in nets] == [("base", 0), ("plain", 0), ("base", 1), ("plain", 1)]
     for e in nets:
-        best = small / "published" / f"{e['row']}-{e['seed']}" / "run" / "best.pt"
+        best = small / "published" / f"{e['row']}-{e['seed']}-cpu-fp32" / "run" / "best.pt"
         for protocol in ("center", "ten-crop"):
             found = test.errors([best], Store(store.path), ten_crop=protocol == "ten-crop")
             assert e[f"{protocol}_error"] == found["top1_error"]
         assert e["command"].startswith("python train.py --data ")
         assert (e["precision"], e["epochs"]) == ("fp32", 2)
-        log = read_log(published.LOGS / f"{e['row']}-{e['seed']}.jsonl")
+        log = read_log(published.LOGS / e["log"])
         assert e["val_top1_error"] == min(line["val_top1_error"] for line in log)
-    both = [small / "published" / f"base-{seed}" / "run" / "best.pt" for seed in (0, 1)]
+    both = [small / "published" / f"base-{seed}-cpu-fp32" / "run" / "best.pt" for seed in (0, 1)]
     assert together["ten-crop_error"] == test.errors(both, Store(store.path), ten_crop=True)["top1_error"]
     assert not list(small.rglob("last.pt"))
     one, other = ([e["center_error"] for e in nets if e["row"] == row] for row in ("plain", "base"))
@@ -67,19 +72,19 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
 
 
 def test_what_another_process_is_at_is_left_to_it(small):
-    place = published.folder("base", 0)
+    place = published.folder("base", 0, torch.device("cpu"), "fp32")
     place.mkdir(parents=True)
     with locked(place):
-        assert published.main(["base"]) == 0
+        assert published.main(["base", *CPU]) == 0
     assert [e["seed"] for e in read_log(published.RESULTS)] == [1]
 
 
 def test_a_row_without_pictures_is_left_out(small, monkeypatch, capsys):
     options, arguments = published.packed("nowhere", str(small / "no such folder"))
     monkeypatch.setitem(published.ROWS, "base", published.Row("none", options, 1, arguments))
-    assert published.main(["base"]) == 0
+    assert published.main(["base", *CPU]) == 0
     assert "base is left out: " in capsys.readouterr().out
-    assert not published.done("base")
+    assert not published.finished("base")
 
 
 def test_tables_say_what_is_not_there(small, monkeypatch, capsys):
@@ -100,35 +105,95 @@ def test_a_net_that_diverged_is_a_line_too(small, monkeypatch, capsys):
         raise Diverged("the loss is no longer finite at step 7")
 
     monkeypatch.setattr(train, "main", diverge)
-    published.main(["base"])
+    published.main(["base", *CPU])
     assert [e["diverged"][:8] for e in read_log(published.RESULTS)] == ["the loss"] * 2  # and none of both together
-    assert "diverged: base with seed 0, base with seed 1" in capsys.readouterr().out
+    here = environment(torch.device("cpu"))["device"]
+    assert f"diverged: base with seed 0 on {here}, base with seed 1 on {here}" in capsys.readouterr().out
     assert len(list(published.LOGS.iterdir())) == 2
 
 
 def test_what_a_kill_leaves_does_not_stand_in_the_way(small):
     """A folder with no more than a config.json; one whose net is finished while its line is gone."""
-    out = published.folder("base", 0) / "run"
+    out = published.folder("base", 0, torch.device("cpu"), "fp32") / "run"
     out.mkdir(parents=True)
     (out / "config.json").write_text("{}")
-    published.main(["base"])
+    published.main(["base", *CPU])
     before = read_log(published.RESULTS)
     shutil.move(published.RESULTS, small / "away")
-    published.main(["base"])
+    published.main(["base", *CPU])
     after = read_log(published.RESULTS)
     assert [e.get("center_error") for e in after] == [e.get("center_error") for e in before]
 
 
-def test_pairs_are_of_one_machine_and_precision(small, monkeypatch):
-    lines = [
-        {"row": row, "seed": seed, "center_error": error, "device": "here", "precision": precision}
-        for row, seed, error, precision in (
-            ("base", 0, 10.0, "bf16"), ("plain", 0, 12.0, "bf16"), ("base", 1, 10.0, "bf16"),
-            ("plain", 1, 19.0, "fp32"),
-        )
+def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
+    """Trained by train.py's loop, stopped and resumed as its runs are; its checkpoint is not taken for AlexNet's."""
+    net = half.halved(1000, 224)
+    assert sum(p.numel() for p in net.parameters()) == 59_798_312
+    assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+    assert net.conv3.weight.std().item() == pytest.approx(0.03, rel=0.02)
+    monkeypatch.setitem(published.ROWS, "base", published.ROWS["base"]._replace(seeds=1, half=True, together=False))
+    real, calls = half.main, []
+
+    def stop_first(argv):
+        calls.append(argv)
+        return 143 if len(calls) == 1 and real([*argv, "--max-steps", "1"]) == 0 else real([*argv, "--max-steps", "9"])
+
+    monkeypatch.setattr(half, "main", stop_first)
+    assert published.main(["base", *CPU]) == 143
+    assert published.main(["base", *CPU]) == 0
+    (line,) = read_log(published.RESULTS)
+    assert line["command"] == "python -m studies.published base"
+    run = published.folder("base", 0, torch.device("cpu"), "fp32") / "run"
+    assert run.joinpath("best.pt").exists()
+    for crops in (False, True):
+        found = half.errors(run / "best.pt", Store(store.path), ten_crop=crops, device="cpu")["top1_error"]
+        assert found == line[published.TEN_CROP if crops else published.CENTER]
+    with pytest.raises(UserError, match="unknown net half"):
+        test.errors([run / "best.pt"], Store(store.path))
+
+
+def test_tables_show_one_machine_and_precision(small, monkeypatch):
+    """Each row's machine with the most nets, the later of two with as many; pairs are made on one machine."""
+
+    def lines(*made):
+        return [
+            {"row": row, "seed": seed, "center_error": error, "ten-crop_error": error - 1, "train_top1_error": 1.0,
+             "device": "here", "precision": precision}
+            for row, seed, error, precision in made
+        ]
+
+    found = lines(("base", 0, 10.0, "bf16"), ("plain", 0, 12.0, "bf16"), ("base", 1, 11.0, "bf16"),
+                  ("plain", 1, 19.0, "fp32"))
+    found += [{"row": "base", "together": 2, "ten-crop_error": 8.0, "device": "here", "precision": p}
+              for p in ("bf16", "fp32")]
+    monkeypatch.setattr(published, "read_log", lambda path: found)
+    assert published.idea_table()[-2:] == [
+        "| LRN | 1.4 | 12.00 | 10.00 | +2.00 | too few seeds |",
+        "| ten crops | 1.5 | 10.50 ± 0.71 | 9.50 ± 0.71 | +1.00, +1.00 | too few seeds |",
     ]
-    monkeypatch.setattr(published, "read_log", lambda path: lines)
-    assert published.idea_table()[-1] == "| LRN | 1.4 | 12.00 | 10.00 | +2.00 | too few seeds |"
+    assert published.error_table()[-2:] == [
+        "| small | 10.50 ± 0.71 | 9.50 ± 0.71 | 8.00 | 1.00 ± 0.00 | 2 of 2 | here, bf16 |",
+        "| the same without LRN | 19.00 | 18.00 |  | 1.00 | 1 of 2 | here, fp32 |",
+    ]
+
+
+def test_another_precision_is_another_net(small, monkeypatch):
+    """A line of one machine and precision does not keep another from training."""
+    calls = []
+
+    def stopped(row, seed, device, precision, out):
+        calls.append(precision)
+        return 3, None
+
+    monkeypatch.setattr(published, "train_net", stopped)
+    published.RESULTS.write_text(
+        '{"row": "base", "seed": 0, "device": "another", "precision": "fp32"}\n'
+        f'{{"row": "base", "seed": 0, "device": "{environment(torch.device("cpu"))["device"]}", "precision": "bf16"}}\n'
+    )
+    assert published.main(["base", *CPU]) == 3
+    assert published.main(["base", *CPU, "--precision", "bf16"]) == 3  # of seed 1
+    assert calls == ["fp32", "bf16"]
+    assert not (small / "published" / "base-0-cpu-bf16" / "run").exists()
 
 
 def test_rows_are_commands_of_train_py():
@@ -139,9 +204,11 @@ def test_rows_are_commands_of_train_py():
         args = options.make_parser().parse_args(row.options)
         assert not args.drops or max(args.drops) < args.epochs
         assert bool(args.data) == bool(row.pack)
-    for before, after, _ in published.IDEAS.values():
-        one, other = (vars(options.make_parser().parse_args(published.ROWS[r].options)) for r in (before, after))
-        assert sum(one[name] != other[name] for name in one) == 1
+    for idea in published.IDEAS.values():
+        rows = (published.ROWS[row].options for row in (idea.before, idea.after))
+        one, other = (vars(options.make_parser().parse_args(given)) for given in rows)
+        differ = sum(one[name] != other[name] for name in one)
+        assert differ == (idea.tested_with == published.CENTER)
 
 
 def test_the_guides_have_what_it_prints():
@@ -151,7 +218,8 @@ def test_the_guides_have_what_it_prints():
     assert "\n".join(published.idea_table()) in results
     for name, words in (("cifar10-default", "CIFAR-10, all defaults (65 epochs)"),
                         ("cifar10", "CIFAR-10, 30 epochs, five seeds")):
-        shown = [published.spread_of(published.done(name), key) for key in ("center_error", "ten-crop_error")]
+        nets = published.shown(name)[1]
+        shown = [published.spread_of(nets, key) for key in (published.CENTER, published.TEN_CROP)]
         assert f"| {words} | 10,000 | {shown[0]}% | {shown[1]}% |" in readme.replace("**", "")
     for e in read_log(published.RESULTS):
-        assert "seed" not in e or (published.LOGS / f"{e['row']}-{e['seed']}.jsonl").exists()
+        assert "seed" not in e or (published.LOGS / e["log"]).exists()

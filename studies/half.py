@@ -1,0 +1,69 @@
+"""One column with half of the kernels in conv1 to conv4, the net that the paper holds its two GPUs against (section
+3.2). conv5 and the dense layers keep theirs, as the paper's footnote says, so that both nets have nearly the same
+number of parameters. studies.published trains it as one of its rows, with train.py's options, loop and run folder.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import options
+import train
+import utils
+from checkpoints import load_checkpoint
+from checkpoints.run import Training, load_last, run_folder
+from data.augment import Augment
+from data.loader import Loader
+from data.store import Store
+from kernels import accelerate
+from model import AlexNet
+from recipe import Schedule, make_optimizer
+
+KERNELS = {"conv1": (3, 48), "conv2": (48, 128), "conv3": (128, 192), "conv4": (192, 192), "conv5": (192, 256)}
+
+
+def halved(num_classes: int, image_size: int, recipe: str = "2012") -> AlexNet:
+    """The net, initialised from torch's generator: 59,798,312 parameters for 1000 classes of 224 pixels."""
+    net = AlexNet(num_classes, image_size=image_size)
+    for name, (channels, kernels) in KERNELS.items():
+        whole = net.get_submodule(name)
+        layer = nn.Conv2d(channels, kernels, whole.kernel_size, whole.stride, whole.padding)
+        setattr(net, name, layer)
+    net.init_weights(recipe)
+    net.config["net"] = "half"  # so that its checkpoints are not taken for AlexNet's
+    return net
+
+
+def main(argv) -> int:
+    """Train it; train.py's command line and exit status."""
+    args = options.parse(argv)
+    device = utils.pick_device(args.device)
+    watch = train.Watch(device)
+    store, _ = train.open_store(args, watch)
+    options.settle(args, store, device, world=1)
+    utils.no_tf32()
+    utils.seed_all(args.seed)
+    net = halved(len(store.classes), args.image_size, args.recipe).to(device, memory_format=torch.channels_last)
+    kernels = accelerate(net)
+    optimizer = make_optimizer(
+        net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    run = Training(args, store, net, optimizer, Schedule(args.lr, args.patience, args.drops), kernels)
+    if args.resume:
+        load_last(run, device)
+    with run_folder(run, device, 0, 1) as warning, watch:
+        watch.warn(warning)
+        return train.fit(run, watch)
+
+
+def errors(path: Path, store: Store, *, ten_crop: bool, device) -> dict:
+    """The top-1 error in percent on the test pictures, as test.errors gives it."""
+    checkpoint = load_checkpoint(path, device)
+    net = halved(len(store.classes), checkpoint["image_size"]).to(device, memory_format=torch.channels_last).eval()
+    net.load_state_dict(checkpoint["model"])
+    accelerate(net)
+    augment = Augment(checkpoint["image_size"], checkpoint["mean"], device=device)
+    loader = Loader(store, "test", device)
+    sums = utils.evaluate([(net, lambda images: augment.views(images, ten_crop))], loader.in_order(128))
+    return {"top1_error": 100 * sums[1].item() / len(loader)}
