@@ -14,14 +14,15 @@ def convolution(x, weight, bias, stride=1, pad=0):
 
 
 def max_pool(x, size=3, stride=2):
+    """Windows that lie in the picture as a whole."""
     return sliding_window_view(x, (size, size), axis=(1, 2))[:, ::stride, ::stride].max((3, 4))
 
 
-def lrn(x, k=2.0, alpha=1e-4 / 5):
-    """Over five channels; alpha is what multiplies the sum of the squares."""
+def lrn(x, k=2.0, alpha=1e-4 / 5, around=2):
+    """Over five channels, or `around` to each side; alpha is what multiplies the sum of the squares."""
     squares, out = x**2, np.empty_like(x)
     for channel in range(len(x)):
-        total = squares[max(0, channel - 2) : channel + 3].sum(0)
+        total = squares[max(0, channel - around) : channel + around + 1].sum(0)
         out[channel] = x[channel] / (k + alpha * total) ** 0.75
     return out
 

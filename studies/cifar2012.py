@@ -1,0 +1,279 @@
+"""The paper's four-layer nets on CIFAR-10 (section 3.3: 13% test error without, 11% with normalisation), and the nets
+between the two:
+
+    python -m studies.cifar2012                                all four, one seed each, 520 epochs
+    python -m studies.cifar2012 --nets 13pct 11pct --epochs 130 --seeds 3
+    python -m studies.cifar2012 --speed                        images/s, and each layer's share of a step
+
+The nets, their update and the way they are trained are those of cuda-convnet, which the paper's footnote names:
+layers-conv-local-13pct.cfg, -11pct.cfg and their layer-params files. The 11pct net has normalisation, 64 filters
+instead of 32 in local3 and a larger weight decay in fc10; 13pct-lrn and 11pct-no-lrn tell what normalisation alone is
+worth.
+
+Training is in four parts, 350, 150, 10 and 10 of 520 epochs: on four fifths of the 50,000 training pictures, the other
+10,000 being looked at after each epoch; on all; at a tenth and at a hundredth of the weights' learning rate. That is
+the 11pct file's own account, used for all four nets. Pictures come in an order that is the same in every epoch, as in
+cuda-convnet; which of them are held out, and the order, is drawn once, the same for all runs. A seed decides the
+weights at the start, the crops and the mirroring. The test pictures are read when a net is finished.
+
+A finished net is a line in --out and is not trained again; one that was stopped, in any way, goes on where its last
+epoch began and ends in the same weights. Several processes can share an --out.
+"""
+
+import itertools
+import statistics
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoints
+import utils
+from checkpoints.run import Busy, append_line, environment, locked, read_log
+from kernels import accelerate
+from studies.common import results_file, spread, verdict
+from studies.fourlayer import (
+    BATCH,
+    CROP,
+    RATE,
+    Pictures,
+    build,
+    error,
+    load,
+    lower_rate,
+    make_optimizer,
+    save,
+    train_epoch,
+)
+from studies.loop import small_store
+from train import Watch, train_step
+from utils import Diverged, Parser, UserError, pick_device, run_script, shown, whole
+
+# layers-conv-local-*.cfg, layer-params-conv-local-*.cfg
+NETS = {
+    "13pct": {"lrn": False, "filters": 32, "decay": 0.004},
+    "13pct-lrn": {"lrn": True, "filters": 32, "decay": 0.004},
+    "11pct-no-lrn": {"lrn": False, "filters": 64, "decay": 0.01},
+    "11pct": {"lrn": True, "filters": 64, "decay": 0.01},
+}
+PAPER = {"13pct": 13, "11pct": 11}  # percent test error
+PARTS = (350, 500, 510, 520)  # epochs of 520 after which each part of the training ends
+PROTOCOLS = ("ten", "nine", "centre")
+KEY = ("net", "epochs", "precision", "seed")
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def plan_of(epochs: int) -> list[tuple[float, int]]:
+    """Each epoch's learning rate of the weights, and how many of the five parts it sees. Each part of the training has
+    an epoch at least."""
+    ends = [min(round(epochs * end / PARTS[-1]), epochs - 3 + i) for i, end in enumerate(PARTS)]
+    whole_rate = [(RATE, 4 if epoch < ends[0] else 5) for epoch in range(ends[1])]
+    return whole_rate + [(RATE / 10, 5)] * (ends[2] - ends[1]) + [(RATE / 100, 5)] * (ends[3] - ends[2])
+
+
+@dataclass
+class Training:
+    """A net under way. epoch: epochs finished."""
+
+    folder: Path
+    net: nn.Sequential
+    optimizer: torch.optim.Optimizer
+    seed: int
+    precision: str
+    epoch: int = 0
+
+
+def fit(run: Training, pictures: Pictures, epochs: int, watch: Watch) -> bool:
+    """Train to the end; False where a signal stopped it, in which case last.pt has the last whole epoch."""
+    for lr, parts in plan_of(epochs)[run.epoch :]:
+        lower_rate(run.optimizer, lr)
+        entry = train_epoch(run.net, run.optimizer, pictures, parts, run.seed, run.epoch, watch, run.precision)
+        if entry is None:
+            print(f"stopped in epoch {run.epoch + 1}; the same command trains that epoch again and goes on", flush=True)
+            return False
+        run.epoch += 1
+        entry |= {"epoch": run.epoch, "lr": lr, "pictures": parts}
+        if parts < 5:
+            entry["val_top1_error"] = error(run.net, pictures.views("centre"), pictures.held_out())
+        held_out = f"  held-out error {entry['val_top1_error']:.2f}%" if parts < 5 else ""
+        print(f"epoch {run.epoch:>3}/{epochs}  lr {lr:g}  train loss {entry['train_loss']:.4f} error "
+              f"{entry['train_top1_error']:.2f}%{held_out}  {entry['images_per_second']:.0f} images/s", flush=True)
+        append_line(run.folder / "log.jsonl", entry)
+        save(run.folder / "last.pt", run.net, run.optimizer, run.epoch)
+    return True
+
+
+def start(folder: Path, name: str, pictures: Pictures, seed: int, precision: str) -> Training:
+    """A net at its start, or where its folder's last.pt has it."""
+    utils.no_tf32()
+    utils.seed_all(seed)
+    options, device = NETS[name], pictures.train.device
+    net = build(options["lrn"], options["filters"], classes=pictures.classes)
+    net = net.to(device, memory_format=torch.channels_last)
+    accelerate(net)
+    run = Training(folder, net, make_optimizer(net, options["decay"]), seed, precision)
+    run.epoch = load(folder / "last.pt", net, run.optimizer)["epoch"]
+    log = folder / "log.jsonl"
+    kept = [entry for entry in read_log(log) if entry["epoch"] <= run.epoch]
+    log.unlink(missing_ok=True)  # killed between a line and last.pt: that epoch is trained again
+    for entry in kept:
+        append_line(log, entry)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- the study
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    if args.speed:
+        print(speed(args, device))
+        return 0
+    args.out = results_file(args.out)
+    if not all(set(KEY) <= set(entry) for entry in read_log(args.out)):
+        raise UserError(f"{args.out} holds lines of another kind; name another --out")
+    pictures = Pictures(small_store("cifar10"), CROP, device)
+    for seed, name in itertools.product(range(args.seeds), args.nets):
+        cell = {"net": name, "epochs": args.epochs, "precision": args.precision, "seed": seed}
+        if status := make_net(args, pictures, cell):
+            return status  # a signal stopped it; the next start goes on there
+    print(table([e for e in read_log(args.out) if (e["epochs"], e["precision"]) == (args.epochs, args.precision)]))
+    return 0
+
+
+def make_net(args, pictures: Pictures, cell: dict) -> int:
+    """Train, test and note one net, unless that is done or another process is at it. Returns 0, or 128 + a signal."""
+    folder = checkpoints.FOLDER / "cifar2012" / "-".join(str(cell[k]) for k in KEY)
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(Busy), locked(folder):
+        if any(all(e[k] == cell[k] for k in KEY) for e in read_log(args.out)):
+            return 0
+        print(f"{cell['net']}, seed {cell['seed']}: {shown(folder)}", flush=True)
+        device = pictures.train.device
+        run = start(folder, cell["net"], pictures, cell["seed"], cell["precision"])
+        with Watch(device) as watch:
+            try:
+                if not fit(run, pictures, args.epochs, watch):
+                    return 128 + watch.received
+            except Diverged as reason:
+                append_line(args.out, cell | {"diverged": str(reason)} | environment(device))
+                return 0
+        log = read_log(folder / "log.jsonl")
+        errors = {p: error(run.net, pictures.views(p), pictures.test.in_order(BATCH)) for p in PROTOCOLS}
+        found = {"error": errors, "train_top1_error": log[-1]["train_top1_error"],
+                 "seconds": sum(e["seconds"] for e in log)}
+        append_line(args.out, cell | found | environment(device))
+    return 0
+
+
+def table(entries: list[dict]) -> str:
+    """Markdown: each net's test errors, mean and standard deviation over seeds; what normalisation and the other two
+    changes take off, paired by seed."""
+    found = {name: {e["seed"]: e for e in entries if e["net"] == name and "error" in e} for name in NETS}
+    lines = ["| net | paper | ten views | nine views | centre | training error |", "|---|---|---|---|---|---|"]
+    for name, nets in found.items():
+        paper = f"{PAPER[name]}%" if name in PAPER else "-"
+        if not nets:
+            lines.append(f"| {name} | {paper} | not measured yet | | | |")
+            continue
+        shown_errors = [spread([e["error"][p] for e in nets.values()]) for p in PROTOCOLS]
+        trained = spread([e["train_top1_error"] for e in nets.values()])
+        lines.append(f"| {name} | {paper} | {' | '.join(shown_errors)} | {trained} |")
+    lines += ["", "| what | from | to | points off, ten views, by seed | in all |", "|---|---|---|---|---|"]
+    for what, before, after in (
+        ("normalisation", "13pct", "13pct-lrn"), ("normalisation", "11pct-no-lrn", "11pct"),
+        ("64 filters in local3 and fc10's decay", "13pct", "11pct-no-lrn"),
+        ("64 filters in local3 and fc10's decay", "13pct-lrn", "11pct"), ("both", "13pct", "11pct"),
+    ):
+        seeds = sorted(set(found[before]) & set(found[after]))
+        gains = [found[before][s]["error"]["ten"] - found[after][s]["error"]["ten"] for s in seeds]
+        by_seed = ", ".join(f"{gain:+.2f}" for gain in gains) or "not measured yet"
+        lines.append(f"| {what} | {before} | {after} | {by_seed} | {verdict(gains) if gains else ''} |")
+    diverged = [f"{e['net']} with seed {e['seed']}" for e in entries if "diverged" in e]
+    return "\n".join([*lines, *(["", f"diverged: {', '.join(diverged)}"] if diverged else [])])
+
+
+# ---------------------------------------------------------------------------------------------- speed
+
+
+def speed(args, device: torch.device) -> str:
+    """Images/s of a step on a batch that does not change, and what each layer's forward and backward pass takes when it
+    is called alone; medians of 15, in turns."""
+    lines = [f"batch {BATCH}, {args.precision}, {environment(device)['device']}, {torch.get_num_threads()} threads, "
+             "medians of 15:"]
+    for name in args.nets:
+        options = NETS[name]
+        net = build(options["lrn"], options["filters"]).to(device, memory_format=torch.channels_last)
+        accelerate(net)
+        optimizer = make_optimizer(net, options["decay"], lr=1e-6)
+        inputs = 60 * torch.randn(BATCH, 3, CROP, CROP, device=device).contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(BATCH, device=device) % 10
+        calls = {"step": lambda n=net, o=optimizer, i=inputs, t=labels: train_step(n, o, i, t, args.precision)}
+        calls |= layer_calls(net, inputs, args.precision)
+        took = medians(calls, device)
+        step, layers = took.pop("step"), sum(v for name, v in took.items() if name != "step")
+        parts = ", ".join(f"{layer} {1000 * t:.2f}" for layer, t in took.items())
+        local = took["local3"] + took["local4"]
+        lines.append(f"{name}: {BATCH / step:.0f} images/s, {1000 * step:.1f} ms a step; layers alone, in ms: {parts}; "
+                     f"together {1000 * layers:.1f}; local3 and local4 are {100 * local / step:.0f}% of the step")
+    return "\n".join(lines)
+
+
+def layer_calls(net: nn.Sequential, inputs: Tensor, precision: str) -> dict:
+    """Forward and backward pass of each layer on what it is given in the net."""
+    calls, x = {}, inputs
+    autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16")
+    for name, layer in net.named_children():
+        given = x.detach().requires_grad_(name != "conv1")
+        with autocast:
+            x = layer(given)
+        gradient = torch.randn_like(x)
+
+        def call(layer=layer, given=given, gradient=gradient):
+            with autocast:
+                y = layer(given)
+            if y.requires_grad:
+                y.backward(gradient)
+            layer.zero_grad()
+            given.grad = None
+
+        calls[name] = call
+    return calls
+
+
+def medians(calls: dict, device: torch.device, repeats: int = 15) -> dict[str, float]:
+    """Seconds of each call, taken in turns after three for warm-up."""
+    times = {name: [] for name in calls}
+    for number, (name, call) in itertools.product(range(repeats + 3), calls.items()):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 3:
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m studies.cifar2012", description="The paper's four-layer nets on CIFAR-10.")
+    parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=tuple(NETS), metavar="NET",
+                        help=f"one or more of {', '.join(NETS)} (default: all)")
+    parser.add_argument("--epochs", type=whole(4), default=PARTS[-1], metavar="N",
+                        help="of the four parts together, each shortened alike (default: %(default)s)")
+    parser.add_argument("--seeds", type=whole(1), default=1, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--speed", action="store_true", help="train nothing, time a step and its layers")
+    parser.add_argument("--out", default="results/cifar2012.jsonl", help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    utils.huge_pages()
+    run_script(main)

@@ -1,0 +1,203 @@
+"""The paper's figure 1: how many epochs of CIFAR-10 does a four-layer net need to reach 25% training error, with ReLU
+and with tanh? The paper: ReLU is six times as fast.
+
+    python -m studies.figure1
+    python -m studies.figure1 --activations relu --seeds 1 --epochs 20
+
+The net is studies.fourlayer's without normalisation, on whole 32 x 32 pictures: no crops, no mirroring, no weight
+decay, one learning rate throughout ("no regularization of any kind", "learning rates for each network were chosen
+independently to make training as fast as possible"). Each activation gets six learning rates, a factor of two apart,
+and more where the fastest is at an end; the first seed tries all of them, the others take the fastest. A learning rate
+is given up after --epochs, or once another one has been faster. An epoch's training error is the mean over its batches,
+and the moment at which it passes 25% is interpolated between epochs.
+
+A finished run is a line in --out and is not run again; one that was stopped, in any way, goes on where its last epoch
+began. Two processes, one for each activation, can share --out. The curves are drawn beside it, with .png.
+"""
+
+import itertools
+import statistics
+from pathlib import Path
+
+import torch
+
+import checkpoints
+import utils
+from checkpoints.run import append_line, environment, read_log
+from kernels import accelerate
+from studies.common import interval, new_figure, results_file, save_figure
+from studies.fourlayer import STORED, Pictures, build, load, make_optimizer, save, train_epoch
+from studies.loop import small_store
+from train import Watch
+from utils import Diverged, Parser, UserError, pick_device, run_script, whole
+
+ACTIVATIONS = ("relu", "tanh")
+LRS = (0.001, 0.002, 0.0005, 0.004, 0.00025, 0.008)  # the likeliest first: the others are given up once they are slower
+FACTOR = 2
+TARGET = 25.0  # percent training error
+GUESSING = 90.0  # percent error before the first epoch
+KEY = ("activation", "lr", "seed", "epochs", "precision")
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    args.out, device = results_file(args.out), pick_device(args.device)
+    if not all(set(KEY) <= set(entry) for entry in read_log(args.out)):
+        raise UserError(f"{args.out} holds lines of another kind; name another --out")
+    utils.no_tf32()
+    pictures = Pictures(small_store("cifar10"), STORED, device)
+    with Watch(device) as watch:
+        for act in args.activations:
+            for lr in to_try(args, act):
+                run(args, pictures, act, lr, 0, watch)
+            for seed in range(1, args.seeds):
+                if best := fastest(args, act):
+                    run(args, pictures, act, best, seed, watch)
+            if watch.received:
+                return 128 + watch.received
+    print(report(args))
+    draw(args, args.out.with_suffix(".png"))
+    return 0
+
+
+def lines(args, **wanted) -> list[dict]:
+    """The lines of --out with these values, of this precision and limit."""
+    wanted |= {"epochs": args.epochs, "precision": args.precision}
+    return [e for e in read_log(args.out) if all(e[k] == v for k, v in wanted.items())]
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def to_try(args, act: str):
+    """Learning rates for the first seed, until the fastest of them has neighbours on both sides."""
+    yield from LRS
+    while best := fastest(args, act):
+        tried = {e["lr"] for e in lines(args, activation=act, seed=0)}
+        ahead = [lr for lr in (best / FACTOR, best * FACTOR) if lr not in tried]
+        if not ahead:
+            return
+        yield ahead[0]
+
+
+def fastest(args, act: str) -> float | None:
+    """The learning rate with which the first seed reached the target soonest."""
+    reached = {e["lr"]: e["reached"] for e in lines(args, activation=act, seed=0) if e["reached"]}
+    return min(reached, key=reached.get) if reached else None
+
+
+def run(args, pictures: Pictures, act: str, lr: float, seed: int, watch: Watch) -> None:
+    """Train to the target, to the limit, or to where another learning rate had been faster; note that, unless it has
+    been noted already or a signal came."""
+    cell = {"activation": act, "lr": lr, "seed": seed}
+    if watch.received or lines(args, **cell):
+        return
+    before = [e["reached"] for e in lines(args, activation=act, seed=0) if e["reached"]] if seed == 0 else []
+    folder = checkpoints.FOLDER / "figure1" / f"{act}-{lr:g}-{seed}-{args.precision}"
+    folder.mkdir(parents=True, exist_ok=True)
+    net, optimizer = start(pictures, act, lr, seed)
+    last = load(folder / "last.pt", net, optimizer)
+    errors, seconds = last.get("errors", []), last.get("seconds", 0.0)
+    print(f"{act}, learning rate {lr:g}, seed {seed}, from epoch {len(errors) + 1}", flush=True)
+    entry = {"epochs": args.epochs, "precision": args.precision}
+    while len(errors) < min([args.epochs, *before]) and (not errors or errors[-1] >= TARGET):
+        try:
+            found = train_epoch(net, optimizer, pictures, 5, seed, len(errors), watch, args.precision)
+            if found is None:
+                return
+            errors.append(found["train_top1_error"])
+            seconds += found["seconds"]
+            save(folder / "last.pt", net, optimizer, len(errors), errors=errors, seconds=seconds)
+        except Diverged as reason:
+            entry["diverged"] = str(reason)
+            break
+        print(f"epoch {len(errors):>2}: {errors[-1]:.2f}%  {found['images_per_second']:.0f} images/s", flush=True)
+    entry |= {"errors": [round(e, 3) for e in errors], "reached": crossing(errors), "seconds": seconds}
+    append_line(args.out, cell | entry | environment(pictures.train.device))
+    (folder / "last.pt").unlink(missing_ok=True)
+
+
+def start(pictures: Pictures, act: str, lr: float, seed: int):
+    """A new net and its optimiser, without weight decay."""
+    utils.seed_all(seed)
+    net = build(lrn=False, filters=32, act=act, side=STORED, classes=pictures.classes)
+    net = net.to(pictures.train.device, memory_format=torch.channels_last)
+    accelerate(net)
+    return net, make_optimizer(net, decay=0.0, lr=lr)
+
+
+def crossing(errors: list[float]) -> float | None:
+    """The epoch, with a fraction, at which the error passes TARGET, or None. errors: of epochs 1, 2, ..."""
+    for epoch, (before, after) in enumerate(itertools.pairwise([GUESSING, *errors])):
+        if after < TARGET:
+            return epoch + (before - TARGET) / (before - after)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- what it shows
+
+
+def report(args) -> str:
+    """Each activation's learning rates, its epochs to the target by seed, and the ratio."""
+    said, reached = [], {}
+    for act in ACTIVATIONS:
+        tried = sorted(lines(args, activation=act, seed=0), key=lambda e: e["lr"])
+        rates = ", ".join(f"{e['lr']:g}: {outcome(e)}" for e in tried)
+        said.append(f"{act}, epochs to {TARGET:g}% training error by learning rate, first seed: {rates}")
+        best = fastest(args, act)
+        runs = {e["seed"]: e["reached"] for e in lines(args, activation=act, lr=best)} if best else {}
+        reached[act] = {seed: epochs for seed, epochs in runs.items() if epochs}
+        if best:
+            by_seed = ", ".join(f"{reached[act][s]:.2f}" for s in sorted(reached[act]))
+            said.append(f"{act} at {best:g}, by seed: {by_seed}")
+    relu, tanh = (reached[act] for act in ACTIVATIONS)
+    seeds = sorted(set(relu) & set(tanh))
+    if not seeds:
+        return "\n".join([*said, "no ratio: one of them never got there"])
+    ratios = [tanh[s] / relu[s] for s in seeds]
+    mean, half = interval(ratios) if len(ratios) > 2 else (statistics.mean(ratios), None)
+    width = f" ± {half:.2f} (95% interval, {len(ratios)} seeds)" if half is not None else f" ({len(ratios)} seeds)"
+    return "\n".join([*said, f"ReLU is {mean:.2f}{width} times as fast (paper: six times)"])
+
+
+def outcome(entry: dict) -> str:
+    if entry["reached"]:
+        return f"{entry['reached']:.2f}"
+    if "diverged" in entry:
+        return "diverged"
+    return f"not by {len(entry['errors'])}"
+
+
+def draw(args, path: Path) -> None:
+    """As the paper draws it: ReLU solid, tanh dashed, each at its fastest learning rate, and the line at 25%."""
+    figure = new_figure(6, 4.5)
+    axes = figure.subplots()
+    for act, style in zip(ACTIVATIONS, ("-", "--"), strict=True):
+        best = fastest(args, act)
+        for i, e in enumerate(lines(args, activation=act, lr=best) if best else []):
+            curve = [GUESSING, *e["errors"]]
+            axes.plot(range(len(curve)), curve, style, color="black", lw=1.2, label=None if i else f"{act}, {best:g}")
+    axes.axhline(TARGET, color="0.5", ls=":", lw=1)
+    axes.set(xlabel="epochs", ylabel="training error (%)", ylim=(0, 90), xlim=(0, None))
+    axes.set_title("Four-layer net on CIFAR-10, each at its fastest learning rate", fontsize=10)
+    axes.grid(alpha=0.3)
+    if len(axes.lines) > 1:
+        axes.legend(title="learning rate", frameon=False)
+    save_figure(figure, path)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m studies.figure1", description="ReLU against tanh, the paper's figure 1.")
+    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS, metavar="NAME",
+                        help=f"{' or '.join(ACTIVATIONS)} (default: both)")
+    parser.add_argument("--seeds", type=whole(1), default=3, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole(1), default=60, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--out", default="results/figure1.jsonl", help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    utils.huge_pages()
+    run_script(main)

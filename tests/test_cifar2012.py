@@ -1,0 +1,360 @@
+"""studies/fourlayer.py, cifar2012.py and figure1.py: the nets against loops in float64, the update against
+cuda-convnet's formula, pictures against PIL, and runs that stop and go on."""
+
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+from numpy_layers import convolution, lrn, relu
+from PIL import Image
+
+import checkpoints
+from checkpoints.run import read_log
+from studies import cifar2012, figure1, fourlayer
+from studies.fourlayer import Pictures, build, lower_rate, make_optimizer
+from train import Watch
+from utils import Diverged, UserError
+
+CPU = torch.device("cpu")
+PARAMETERS = {"13pct": 1_116_490, "13pct-lrn": 1_116_490, "11pct-no-lrn": 2_112_970, "11pct": 2_112_970}
+
+
+@pytest.fixture
+def study(small_pictures, tmp_path, monkeypatch):
+    """Both studies on the small store, with batches of 16."""
+    monkeypatch.setattr(cifar2012, "small_store", lambda name: small_pictures)
+    monkeypatch.setattr(figure1, "small_store", lambda name: small_pictures)
+    monkeypatch.setattr(fourlayer, "BATCH", 16)
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------- the nets
+
+
+def local(x, layer):
+    """A locally connected layer, place by place. x: (C, H, W)."""
+    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    channels, height, width = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
+    out = np.zeros((weight.shape[2], height, width))
+    for row in range(height):
+        for column in range(width):
+            place = row * width + column
+            for filter_ in range(weight.shape[2]):
+                total = bias[place, filter_]
+                for i in range(3):
+                    for j in range(3):
+                        numbers = weight[place, (3 * i + j) * channels : (3 * i + j + 1) * channels, filter_]
+                        total += numbers @ padded[:, row + i, column + j]
+                out[filter_, row, column] = total
+    return out
+
+
+def pool(x):
+    """The largest of 3 x 3, every 2, the last windows reaching over the edge (cuda-convnet rounds up)."""
+    outputs = math.ceil((x.shape[1] - 3) / 2) + 1
+    rows = [slice(2 * i, 2 * i + 3) for i in range(outputs)]
+    return np.array([[x[:, r, c].max((1, 2)) for c in rows] for r in rows]).transpose(2, 0, 1)
+
+
+def by_loops(net, picture, normalised):
+    weights = {name: p.detach().numpy() for name, p in net.named_parameters()}
+
+    def convolved(x, name):
+        return relu(convolution(x, weights[f"{name}.weight"], weights[f"{name}.bias"], pad=2))
+
+    def norm(x):
+        return lrn(x, k=1.0, alpha=0.001 / 9, around=4) if normalised else x
+
+    x = norm(pool(convolved(picture, "conv1")))
+    x = pool(norm(convolved(x, "conv2")))
+    x = relu(local(relu(local(x, net.local3)), net.local4))
+    return weights["fc10.weight"] @ x.ravel() + weights["fc10.bias"]
+
+
+def louder(net):
+    """Weights large enough for every layer to matter, in float64."""
+    torch.manual_seed(1)
+    for name, parameter in net.double().named_parameters():
+        scale = 0.001 if name == "conv1.weight" else 0.05
+        parameter.data = scale * torch.randn(parameter.shape, dtype=torch.float64)
+    return net
+
+
+@pytest.mark.parametrize("name", list(cifar2012.NETS))
+def test_forward_pass_is_that_of_loops(name):
+    options = cifar2012.NETS[name]
+    net = louder(build(options["lrn"], options["filters"]))
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+    pictures = 60 * torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        found = net(pictures).numpy()
+    for logits, picture in zip(found, pictures.numpy(), strict=True):
+        np.testing.assert_allclose(logits, by_loops(net, picture, options["lrn"]), rtol=1e-9)
+    assert found.std() > 0.01
+
+
+def test_whole_pictures_and_tanh():
+    """The net of figure 1: 32 x 32, so 16, 8 and 8 pixels a side."""
+    net = build(lrn=False, filters=32, act="tanh", side=32)
+    assert net.local3.weight.shape == (64, 576, 32)
+    assert net.fc10.in_features == 2048
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(isinstance(layer, torch.nn.Tanh) for layer in net) == 4
+
+
+@pytest.mark.parametrize("name", ["13pct", "11pct"])
+def test_gradients_are_those_of_finite_differences(name):
+    """In float64, three numbers of each parameter, and the input's through a locally connected layer."""
+    options = cifar2012.NETS[name]
+    net = louder(build(options["lrn"], options["filters"]))
+    pictures, labels = 60 * torch.randn(4, 3, 24, 24, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+
+    def loss():
+        return torch.nn.functional.cross_entropy(net(pictures), labels)
+
+    loss().backward()
+    for parameter in net.parameters():
+        flat, gradient = parameter.data.view(-1), parameter.grad.reshape(-1)
+        for i in (*gradient.abs().topk(2).indices.tolist(), len(flat) // 2):
+            before, step = flat[i].item(), 1e-8  # so small that no ReLU and no pool changes its mind
+            found = []
+            for value in (before + step, before - step):
+                flat[i] = value
+                with torch.no_grad():
+                    found.append(loss().item())
+            flat[i] = before
+            assert (found[0] - found[1]) / (2 * step) == pytest.approx(gradient[i].item(), rel=1e-4, abs=1e-5)
+    layer = fourlayer.LocallyConnected(3, 2, 4).double()
+    layer.weight.data.normal_()
+    assert torch.autograd.gradcheck(layer, torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    net = build(lrn=True, filters=64)
+    for name, std in fourlayer.STD.items():
+        layer = net.get_submodule(name)
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert not layer.bias.any()
+
+
+def test_update_is_cuda_convnets_over_a_drop():
+    """v = 0.9 v - rate decay w - rate g; w = w + v; after two steps the weights' rate is lowered, the biases' not."""
+    net = build(lrn=False, filters=32).double()
+    optimizer = make_optimizer(net, decay=0.01)
+    decays = {"local3.weight": 0.004, "local4.weight": 0.004, "fc10.weight": 0.01}
+    wanted = {name: [p.detach().numpy().copy(), np.zeros(p.shape)] for name, p in net.named_parameters()}
+    generator = np.random.default_rng(0)
+    for step in range(5):
+        if step == 2:
+            lower_rate(optimizer, 0.0001)
+        for name, parameter in net.named_parameters():
+            gradient = generator.standard_normal(parameter.shape)
+            parameter.grad = torch.from_numpy(gradient)
+            w, v = wanted[name]
+            weights = 0.001 if step < 2 else 0.0001
+            rate = weights if name.endswith("weight") else 0.002
+            v = 0.9 * v - rate * decays.get(name, 0.0) * w - rate * gradient
+            wanted[name] = [w + v, v]
+        optimizer.step()
+    for name, parameter in net.named_parameters():
+        np.testing.assert_allclose(parameter.detach().numpy(), wanted[name][0], rtol=1e-9, atol=1e-12)
+    assert not any(group["weight_decay"] for group in make_optimizer(net, decay=0.0).param_groups)
+
+
+# ---------------------------------------------------------------------------------------------- the pictures
+
+
+def test_views_are_pil_crops(small_pictures):
+    """Ten: four corners and centre, mirrored too. Nine: 3 x 3 places. Minus the middle of all pictures' mean."""
+    pictures = Pictures(small_pictures, 24, CPU)
+    images = pictures.test.images[:3]
+    mean = pictures.train.images.double().mean(0).numpy()[4:28, 4:28]
+    corners = [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]
+    nine = [(top, left) for top in (0, 4, 8) for left in (0, 4, 8)]
+    places = {"ten": [(p, m) for m in (False, True) for p in corners], "nine": [(p, False) for p in nine],
+              "centre": [((4, 4), False)]}
+    for protocol, wanted in places.items():
+        found = torch.cat(list(pictures.views(protocol)(images))).unflatten(0, (-1, 3))
+        assert len(found) == len(wanted)
+        for view, ((top, left), mirrored) in zip(found, wanted, strict=True):
+            for inputs, image in zip(view, images, strict=True):
+                crop = Image.fromarray(image.numpy()).crop((left, top, left + 24, top + 24))
+                if mirrored:
+                    crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                expected = (np.asarray(crop) - mean).transpose(2, 0, 1)
+                np.testing.assert_allclose(inputs.numpy(), expected, atol=1e-4)
+
+
+def test_batches_have_a_fixed_order_and_random_crops(small_pictures, monkeypatch):
+    """Each part ends with a smaller batch; the last part is held out; an epoch's crops are others than the next's;
+    crops come from all 9 x 9 places, half of them mirrored."""
+    monkeypatch.setattr(fourlayer, "BATCH", 16)
+    pictures = Pictures(small_pictures, 24, CPU)
+    assert len(pictures.train.labels) == 101  # those set aside for validation among them
+    plan = pictures.plan(4)
+    assert [len(batch) for batch in plan] == [16, 5, *([16, 4] * 3)]
+    seen, held_out = set(np.concatenate(plan)), set(pictures.parts[4])
+    assert len(seen) == 81
+    assert not seen & held_out
+    assert seen | held_out == set(range(101)) == set(np.concatenate(pictures.plan(5)))
+    assert sum(len(labels) for _, labels in pictures.held_out()) == 20
+    labels = [torch.cat([y for _, y in pictures.batches(plan, seed=0, epoch=epoch)]) for epoch in (0, 1)]
+    assert torch.equal(*labels)
+    crops = [torch.cat([x for x, _ in pictures.batches(plan, seed=0, epoch=epoch)]) for epoch in (0, 0, 1)]
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+    whole = Pictures(small_pictures, 32, CPU)
+    inputs, _ = next(whole.batches(plan, seed=0, epoch=0))
+    torch.testing.assert_close(inputs, whole.augment.center(whole.train.images[plan[0]]))
+
+
+def test_the_four_parts_of_the_training():
+    plan = cifar2012.plan_of(520)
+    assert plan == [(0.001, 4)] * 350 + [(0.001, 5)] * 150 + [(0.0001, 5)] * 10 + [(0.00001, 5)] * 10
+    plan = cifar2012.plan_of(130)
+    assert [plan.count(part) for part in dict.fromkeys(plan)] == [88, 37, 3, 2]
+    for epochs in range(4, 521):
+        plan = cifar2012.plan_of(epochs)
+        assert len(plan) == epochs
+        assert len(set(plan)) == 4
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def test_a_net_that_was_stopped_ends_as_one_that_was_not(study, monkeypatch, capsys):
+    arguments = ["--nets", "13pct", "--epochs", "5", "--out", str(study / "x.jsonl")]
+    assert cifar2012.main(arguments) == 0
+    first = study / "cifar2012" / "13pct-5-fp32-0"
+    (line,) = read_log(study / "x.jsonl")
+    assert set(line["error"]) == {"ten", "nine", "centre"}
+    before, log = torch.load(first / "last.pt", weights_only=True), read_log(first / "log.jsonl")
+    assert [e["pictures"] for e in log] == [4, 4, 5, 5, 5]
+    assert ["val_top1_error" in e for e in log] == [True, True, False, False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar2012, "train_epoch", lambda *a: pytest.fail("trains again"))
+        assert cifar2012.main(arguments) == 0
+
+    monkeypatch.setattr(checkpoints, "FOLDER", study / "again")
+    batches = Pictures.batches
+
+    def stop(self, plan, seed, epoch):
+        for number, batch in enumerate(batches(self, plan, seed, epoch)):
+            if (epoch, number) == (2, 3):
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Pictures, "batches", stop)
+    arguments[-1] = str(study / "y.jsonl")
+    assert cifar2012.main(arguments) == 143
+    assert "stopped in epoch 3" in capsys.readouterr().out
+    monkeypatch.setattr(Pictures, "batches", batches)
+    assert cifar2012.main(arguments) == 0
+    after = torch.load(study / "again" / "cifar2012" / "13pct-5-fp32-0" / "last.pt", weights_only=True)
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+    (other,) = read_log(study / "y.jsonl")
+    assert other["error"] == line["error"]
+    printed = capsys.readouterr().out
+    assert f"| 13pct | 13% | {line['error']['ten']:.2f}% (n = 1) |" in printed
+    assert "| 11pct | 11% | not measured yet | | | |" in printed
+
+
+def test_table_compares_nets_of_one_seed():
+    entries = [
+        {"net": name, "seed": seed, "error": {"ten": error + seed, "nine": 20.0, "centre": 21.0}, "train_top1_error": 1}
+        for name, error in (("13pct", 13.0), ("13pct-lrn", 12.0), ("11pct", 11.0)) for seed in range(3)
+    ] + [{"net": "11pct", "seed": 3, "diverged": "the loss"}]
+    printed = cifar2012.table(entries)
+    assert "| 13pct | 13% | 14.00% ± 1.00 (n = 3) | 20.00% (n = 3) | 21.00% (n = 3) | 1.00% (n = 3) |" in printed
+    assert "| normalisation | 13pct | 13pct-lrn | +1.00, +1.00, +1.00 | +1.00 ± 0.00: helps |" in printed
+    assert "| both | 13pct | 11pct | +2.00, +2.00, +2.00 | +2.00 ± 0.00: helps |" in printed
+    assert "| normalisation | 11pct-no-lrn | 11pct | not measured yet |  |" in printed
+    assert "diverged: 11pct with seed 3" in printed
+
+
+def test_what_is_not_a_state_is_named(study):
+    folder = study / "cifar2012" / "13pct-4-fp32-0"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").write_text("no checkpoint")
+    with pytest.raises(UserError, match=r"last.pt is damaged or of another net .*; remove .*13pct-4-fp32-0 to train"):
+        cifar2012.main(["--nets", "13pct", "--epochs", "4", "--out", str(study / "x.jsonl")])
+    (study / "x.jsonl").write_text('{"net": "13pct"}\n')
+    for script in (cifar2012, figure1):
+        with pytest.raises(UserError, match="holds lines of another kind"):
+            script.main(["--out", str(study / "x.jsonl")])
+
+
+def test_speed_names_each_layer(monkeypatch, capsys):
+    monkeypatch.setattr(cifar2012, "BATCH", 4)
+    assert cifar2012.main(["--speed", "--nets", "11pct"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name} " in printed for name in ("conv2", "norm2", "local3", "local4", "fc10"))
+    assert "% of the step" in printed
+
+
+def test_crossing_is_interpolated():
+    assert figure1.crossing([50.0, 30.0, 20.0]) == pytest.approx(2.5)
+    assert figure1.crossing([20.0]) == pytest.approx(65 / 70)
+    assert figure1.crossing([50.0, 25.0]) is None
+    assert figure1.crossing([]) is None
+
+
+def test_figure_1_tries_rates_until_the_fastest_is_inside(study, monkeypatch, capsys):
+    """Rates slower than the fastest are given up when that would have been done; other seeds take the fastest."""
+    speeds = {0.001: 40, 0.002: 20, 0.0005: 80, 0.004: 10, 0.00025: 160, 0.008: 4, 0.016: 8, 0.032: 0}
+
+    def pretend(net, optimizer, pictures, parts, seed, epoch, watch, precision):
+        lr = optimizer.param_groups[0]["lr"]
+        if not speeds[lr]:
+            raise Diverged("the loss is no longer finite in epoch 1")
+        epochs = speeds[lr] * (6 if any(isinstance(layer, torch.nn.Tanh) for layer in net) else 1)
+        return {"train_top1_error": 90 - 65.5 * (epoch + 1) / epochs, "images_per_second": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(figure1, "train_epoch", pretend)
+    out = study / "x.jsonl"
+    assert figure1.main(["--seeds", "2", "--out", str(out)]) == 0
+    found = [(e["activation"], e["lr"], e["seed"], len(e["errors"])) for e in read_log(out)]
+    assert found[:9] == [
+        ("relu", 0.001, 0, 40), ("relu", 0.002, 0, 20), ("relu", 0.0005, 0, 20), ("relu", 0.004, 0, 10),
+        ("relu", 0.00025, 0, 10), ("relu", 0.008, 0, 4), ("relu", 0.016, 0, 4), ("relu", 0.008, 1, 4),
+        ("tanh", 0.001, 0, 60),
+    ]
+    printed = capsys.readouterr().out
+    assert "0.004: 9.92, 0.008: 3.97, 0.016: not by 4" in printed
+    assert "ReLU is 6.00 (2 seeds) times as fast (paper: six times)" in printed
+    assert out.with_suffix(".png").stat().st_size > 5_000
+    assert figure1.main(["--seeds", "2", "--out", str(out)]) == 0
+    assert len(read_log(out)) == len(found)
+
+
+def test_figure_1_goes_on_where_its_last_epoch_began(study, monkeypatch):
+    """Errors of a run that was stopped are those of one that was not; nothing is cropped, mirrored or decayed."""
+    arguments = ["--activations", "relu", "--seeds", "1", "--epochs", "3", "--out", str(study / "x.jsonl")]
+    monkeypatch.setattr(figure1, "LRS", (0.001,))
+    assert figure1.main(arguments) == 0
+    (line,) = read_log(study / "x.jsonl")
+    assert len(line["errors"]) == 3
+    real, calls = figure1.train_epoch, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(figure1, "train_epoch", stop)
+    arguments[-1] = str(study / "y.jsonl")
+    assert figure1.main(arguments) == 130
+    assert figure1.main(arguments) == 0
+    (other,) = read_log(study / "y.jsonl")
+    assert other["errors"] == line["errors"]
+    _, optimizer, pictures = calls[0][:3]
+    assert not any(group["weight_decay"] for group in optimizer.param_groups)
+    assert pictures.side == 32
+    assert not (study / "figure1" / "relu-0.001-0-fp32" / "last.pt").exists()
+    assert isinstance(calls[0][6], Watch)
