@@ -8,17 +8,21 @@ from pathlib import Path
 import torch
 
 import checkpoints
+from checkpoints import LAYERS
 from checkpoints.run import read_config
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
 from data.store import Store
+from data.trees import VAL
 from kernels import multiplies_bf16
 from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES, SMALLEST
 from utils import Parser, UserError, number, whole
 
-DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5}  # epochs, batch: paper, section 5
+DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5, "lr": 0.01}  # but for patience: paper, section 5
 SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
+INIT_DEFAULTS = {"epochs": 30, "lr": 0.001}  # weights that have learnt already move a tenth as fast
+FEW, FEW_BATCH = 2560, 32  # fewer training pictures than 20 batches of 128
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt")
 CHANGEABLE = {"epochs", "max_steps", "workers", "device", "download", "out", "resume"}  # with --resume
 # AlexNet's options, by their names there. --init brings them with it.
@@ -40,6 +44,9 @@ def parse(argv) -> Namespace:
         return resumed(args, given)
     if args.init:
         take_over_net(args, given)
+    if args.freeze and not args.init:
+        raise UserError(f"--freeze {args.freeze} keeps weights that have learnt nothing yet; --init CHECKPOINT brings "
+                        "some that have")
     return args
 
 
@@ -102,7 +109,10 @@ def make_parser() -> Parser:
 def _add_data(group) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
-    which.add_argument("--data", metavar="STORE", help="a store made by python -m data.pack")
+    which.add_argument("--data", metavar="STORE", help="a store made by python -m data.pack, or a folder of pictures, "
+                       "FOLDER/CLASS/... or FOLDER/train/CLASS/..., which is packed first")
+    group.add_argument("--val", type=number(0, 1), metavar="FRACTION",
+                       help=f"of the training pictures of a FOLDER without val/, to validate with (default: {VAL})")
     group.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
     group.add_argument("--image-size", type=whole(63), metavar="N",
                        help="side of the net's input in pixels (default: 64 of 72, 224 of 256)")
@@ -115,6 +125,8 @@ def _add_data(group) -> None:
     group.add_argument("--crop-runs", type=whole(1), default=1, metavar="N",
                        help="pictures in a row that are cropped and mirrored alike; the 2012 code has 32 "
                        "(default: %(default)s)")
+    group.add_argument("--balance", action="store_true",
+                       help="show each class equally often; an epoch has as many pictures as before")
     group.add_argument("--workers", type=whole(0), metavar="N",
                        help="processes that read what does not fit on the device (default: one a core for a GPU; none "
                        "on a CPU, where they would take the cores from the net)")
@@ -147,10 +159,13 @@ def _add_training(group) -> None:
     group.add_argument("--init", metavar="CHECKPOINT",
                        help="start from these weights, with the net's options; the last layer starts afresh where the "
                        "classes are others")
-    group.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12)")
-    group.add_argument("--batch-size", type=whole(1), metavar="N", help="of all processes (default: 128; sample: 32)")
-    group.add_argument("--lr", type=number(0), default=0.01, metavar="RATE",
-                       help="learning rate of the weights (default: %(default)s)")
+    group.add_argument("--freeze", choices=tuple(LAYERS)[:-1], metavar="LAYER",
+                       help=f"this layer and all before it keep the weights of --init: {', '.join(tuple(LAYERS)[:-1])}")
+    group.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12; --init: 30)")
+    group.add_argument("--batch-size", type=whole(1), metavar="N",
+                       help=f"of all processes (default: 128; 32 for the sample and fewer than {FEW:,} pictures)")
+    group.add_argument("--lr", type=number(0), metavar="RATE",
+                       help="learning rate of the weights (default: 0.01; --init: 0.001)")
     group.add_argument("--momentum", type=number(0, 1, True), default=0.9, metavar="X", help="default: %(default)s")
     group.add_argument("--weight-decay", type=number(0, including=True), default=5e-4, metavar="X",
                        help="default: %(default)s")
@@ -185,11 +200,19 @@ def settled_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
 
 
+def defaults(args, store: Store) -> dict:
+    """What is not given: the paper's, or what suits few pictures or weights that are trained already."""
+    found = DEFAULTS | (INIT_DEFAULTS if args.init else {})
+    if store.counts.get("train", FEW) < FEW:
+        found |= {"batch_size": min(FEW_BATCH, store.counts["train"] or 1)}
+    return found | (SAMPLE_DEFAULTS if store.name == "sample" else {})
+
+
 def settle(args, store: Store, device: torch.device, world: int) -> None:
     """Fill in what the store and the device decide, and refuse what does not fit them."""
     if args.resume and read_config(args.out)["fingerprint"] != store.fingerprint:
         raise UserError(f"{store.path} has changed since {args.out} was started; restore it or start a new run")
-    for name, value in (DEFAULTS | (SAMPLE_DEFAULTS if store.name == "sample" else {})).items():
+    for name, value in defaults(args, store).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.drops and not args.resume and max(args.drops) >= args.epochs:

@@ -37,9 +37,10 @@ def parameter_groups(net: nn.Module, recipe: str, weight_decay: float) -> list[d
 
 
 def split_off_activations(net: nn.Module) -> tuple[list[nn.Parameter], dict[str, nn.Parameter]]:
-    """What a net's activations learn, and all its other parameters by name."""
-    apart = {id(p): p for p in activation_parameters(net).values()}
-    return list(apart.values()), {name: p for name, p in net.named_parameters() if id(p) not in apart}
+    """What a net's activations learn, and all its other parameters by name; frozen ones are left out."""
+    apart = {id(p): p for p in activation_parameters(net).values() if p.requires_grad}
+    rest = {name: p for name, p in net.named_parameters() if p.requires_grad and id(p) not in apart}
+    return list(apart.values()), rest
 
 
 def set_rate(optimizer, lr: float) -> None:

@@ -2,6 +2,7 @@
 
     python train.py                                   CIFAR-10 at 64 px, or the bundled sample where it can't be had
     python train.py --dataset fashion-mnist
+    python train.py --data photos                     a folder of your own: photos/CLASS/..., packed first
     python train.py --data data/stores/imagenet
     torchrun --nproc-per-node 8 train.py --data data/stores/imagenet
     python train.py --resume
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from checkpoints import describe_net, load_checkpoint, new_net, take_weights
+from checkpoints import describe_net, freeze, load_checkpoint, new_net, take_weights
 from checkpoints.run import (
     Training,
     append_line,
@@ -38,11 +40,11 @@ from checkpoints.run import (
 from data import sources
 from data.augment import Augment, epoch_tables
 from data.loader import Loader
-from data.pack import named_store
-from data.store import Store
+from data.pack import named_store, store_of
+from data.store import MANIFEST, Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
 from model import AlexNet, activation_parameters
-from options import NET, parse, settle
+from options import FEW, NET, parse, settle
 from recipe import Schedule, make_optimizer, set_rate
 from utils import Diverged, Progress, UserError, duration, run_script, shown
 
@@ -113,7 +115,8 @@ def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: "Wa
     on the device, and the signal or 0."""
     args, state, share = run.args, run.state, run.args.batch_size // watch.world
     margin = run.store.size - args.image_size
-    tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs, args.mirror)
+    labels = train.every_label if args.balance else None
+    tables = epoch_tables(args.seed, state.epoch, len(train), margin, args.crop_runs, args.mirror, labels)
     first, last = state.step_in_epoch, run.steps_per_epoch
     if args.max_steps is not None:
         last = min(last, first + args.max_steps - state.step)
@@ -344,7 +347,9 @@ def leave_together(status: int) -> None:
 def open_store(args, watch: Watch) -> tuple[Store, str]:
     """The store to train from, and a warning where it is not what a user might expect."""
     if args.data:
-        return Store(args.data), ""
+        return stored(args, watch), ""
+    if args.val is not None:
+        raise UserError("--val is for --data FOLDER; named sets have their own validation pictures")
     # torchrun's processes would all pack at once: there the store has to exist.
     download = None if watch.world > 1 else args.download == "yes"
     if args.dataset:
@@ -362,11 +367,29 @@ def open_store(args, watch: Watch) -> tuple[Store, str]:
     return named_store(args.dataset, download), warning
 
 
+def stored(args, watch: Watch) -> Store:
+    """The store that --data names, or that of the folder of pictures that it names, packed where there is none yet."""
+    path = Path(args.data)
+    if (path / MANIFEST).exists() or not path.exists():
+        if args.val is not None:
+            raise UserError(f"--val is for a folder of pictures; {path} is a store, with validation pictures of its own"
+                            if path.exists() else f"{path}: no such folder")
+        return Store(path)
+    if watch.world > 1:
+        raise UserError(f"{path} is not a store; several processes need one: python -m data.pack {path} --out STORE")
+    size = args.image_size and args.image_size * 8 // 14 * 2  # as 256 is to 224
+    store = store_of(path, size, args.val)
+    args.data, args.val = str(store.path.resolve()), None  # what --resume goes on with
+    return store
+
+
 def set_up(args, store: Store, watch: Watch) -> Training:
     """The net on its device, its fast parts and its optimiser, before the first step."""
     utils.no_tf32()
     torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN try its algorithms once
     net = starting_net(args, store, watch).to(watch.device, memory_format=torch.channels_last)
+    if args.freeze:
+        freeze(net, args.freeze)
     if args.kernels == "on":
         require_kernels(watch.device.type)
     kernels = accelerate(net) if args.kernels != "off" else "LRN of model.py, dense layers of torch"
@@ -418,6 +441,7 @@ def describe(run: Training, watch: Watch) -> str:
     args, store = run.args, run.store
     machine = environment(watch.device)
     count = sum(p.numel() for p in run.net.parameters())
+    frozen = f", all up to {args.freeze} frozen" if args.freeze else ""
     note = ", no TF32" if watch.device.type == "cuda" and args.precision == "fp32" else ""
     kernels = run.kernels
     if args.precision == "bf16" and not multiplies_bf16(watch.device):
@@ -431,7 +455,7 @@ def describe(run: Training, watch: Watch) -> str:
     lines = {
         "data": f"{store.name}: {store.counts['train']:,} training and {store.counts['val']:,} validation pictures, "
         f"{len(store.classes)} classes, {store.size} x {store.size}{' grey' if store.channels == 1 else ''}",
-        "net": f"{describe_net(run.net)}, {args.image_size} x {args.image_size} pixels, {count:,} parameters",
+        "net": f"{describe_net(run.net)}, {args.image_size} x {args.image_size} pixels, {count:,} parameters{frozen}",
         "recipe": f"{args.recipe}: batch {args.batch_size}, learning rate {args.lr:g}, momentum {args.momentum:g}, "
         f"weight decay {args.weight_decay:g}, {epochs}",
         "device": f"{machine['device']}, {watch.world} process{'es' * (watch.world > 1)}, {machine['threads']} "
@@ -441,6 +465,9 @@ def describe(run: Training, watch: Watch) -> str:
     }
     if store.name == "sample":
         lines["recipe"] += " (the sample has defaults of its own for epochs, batch and patience)"
+    elif store.name not in sources.NAMED and store.counts["train"] < FEW and not args.init:
+        lines["note"] = (f"{store.counts['train']:,} training pictures are few for a net that starts from nothing: "
+                         "expect it to know them by heart and others badly; --init starts from trained weights")
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 

@@ -22,6 +22,11 @@ KEYS = (
     "model", "config", "classes", "wnids", "mean", "store_size", "resize", "image_size", "epoch", "step", "best",
     "dataset", "store",
 )
+# AlexNet's layers with weights, and what they are called in torchvision's net.
+LAYERS = {
+    "conv1": "features.0", "conv2": "features.3", "conv3": "features.6", "conv4": "features.8", "conv5": "features.10",
+    "fc6": "classifier.1", "fc7": "classifier.4", "fc8": "classifier.6",
+}
 # torchvision's weights were trained on (pixel / 255 - MEAN) / STD (ImageClassification in its transforms).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -201,6 +206,17 @@ def take_weights(net: nn.Module, checkpoint: dict, path: str | Path, classes: li
     if not all(parameter.isfinite().all() for parameter in net.parameters()):
         raise UserError(f"--init {path} holds weights that are not finite; it is damaged")
     return warning
+
+
+def freeze(net: nn.Module, layer: str) -> None:
+    """Let a layer, called as AlexNet's is, and all before it keep what they have learnt: they get no gradients."""
+    places = list(LAYERS.values() if net.config.get("net") == "torchvision" else LAYERS)
+    following = places[list(LAYERS).index(layer) + 1]
+    for name, module in net.named_modules():  # in their order
+        if name == following:
+            return
+        if not list(module.children()):
+            module.requires_grad_(False)
 
 
 def _rows_of(checkpoint: dict, classes: list[str], wnids: list[str] | None) -> list[int] | None:

@@ -20,22 +20,26 @@ NOISE = 0.1  # standard deviation of the colour noise's factors (paper, section 
 
 @dataclass
 class EpochTables:
-    """One epoch's choices. order: (N,) sample indices in the order of training. The others are indexed by sample:
-    offsets (N, 2) top and left of the crop, mirror (N,) bool, colour (N, 3) from the standard normal
-    distribution."""
+    """One epoch's choices. order: (N,) draws in the order of training. The others are indexed by draw: offsets (N, 2)
+    top and left of the crop, mirror (N,) bool, colour (N, 3) from the standard normal distribution; samples (N,) which
+    picture a draw is, or None where each draw is the picture of the same number."""
 
     order: np.ndarray
     offsets: np.ndarray
     mirror: np.ndarray
     colour: np.ndarray
+    samples: np.ndarray | None = None
+
+    def pictures(self, draws: np.ndarray) -> np.ndarray:
+        return draws if self.samples is None else self.samples[draws]
 
 
 def epoch_tables(
-    seed: int, epoch: int, count: int, margin: int, crop_runs: int = 1, mirrored: bool = True
+    seed: int, epoch: int, count: int, margin: int, crop_runs: int = 1, mirrored: bool = True, labels=None
 ) -> EpochTables:
     """Tables for `count` samples; crop offsets are uniform over 0..margin, both ends included. crop_runs: so many
     samples in a row, in the order of training, have the same offsets and mirroring (2012 code: 32). mirrored: half of
-    them are, or none."""
+    them are, or none. labels: those of all samples, to draw each class equally often."""
 
     def stream(number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, number]))
@@ -51,7 +55,21 @@ def epoch_tables(
         offsets=offsets,
         mirror=mirror,
         colour=stream(3).standard_normal((count, 3), dtype=np.float32),
+        samples=None if labels is None else balanced(stream(4), np.asarray(labels)),
     )
+
+
+def balanced(generator: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    """As many samples as there are labels, each class as often as any other, or once more; within a class each sample
+    as often as any other, or once more."""
+    classes = generator.permutation(np.unique(labels))
+    share, more = divmod(len(labels), len(classes))
+    drawn = []
+    for i, label in enumerate(classes):
+        members, wanted = np.flatnonzero(labels == label), share + (i < more)
+        rounds = [generator.permutation(members) for _ in range(-(-wanted // len(members)))]
+        drawn += [part[: max(0, wanted - len(members) * n)] for n, part in enumerate(rounds)]
+    return np.concatenate(drawn)
 
 
 class Augment:

@@ -83,6 +83,8 @@ def encode_chunk(job) -> Encoded:
             reason = str(error) if isinstance(error, UserError) else f"{name} cannot be packed ({error!r})"
             done.skipped.append({"row": first + index, "picture": name, "reason": reason})
             continue
+        if isinstance(pictures, Files) and min(array.shape[:2]) < shape[0]:
+            unusual.append("enlarged")
         for word in unusual:
             done.repaired.setdefault(word, []).append(name)
         if with_sums:

@@ -60,6 +60,16 @@ class Job:
             settings[f"pictures of {split}"] = digest.hexdigest()
         return settings
 
+    def digest(self) -> str:
+        """A SHA-256 of the settings and of the sizes of the files that are packed."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
+        for part in self.source.splits.values():
+            if isinstance(part.pictures, Files) and part.pictures.offsets is None:
+                for member in part.pictures.members:
+                    with suppress(OSError):  # told when it is packed
+                        digest.update(b"%d\n" % os.stat(os.path.join(part.pictures.place, member)).st_size)
+        return digest.hexdigest()
+
     def rows(self, split: str, number: int) -> range:
         """The pictures of a split that go into one of its shards."""
         count, more = divmod(len(self.source.splits[split].labels), self.shards)

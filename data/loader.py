@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,11 @@ class Loader:
     def __len__(self) -> int:
         return len(self.records)
 
+    @cached_property
+    def every_label(self) -> np.ndarray:
+        """(N,) int64."""
+        return self.labels.cpu().numpy() if self.resident else self.records.every_label()
+
     def shared_memory_trouble(self, batch_bytes: int) -> str:
         """What to tell a user where the batches that its workers hand over may not fit into /dev/shm; "" otherwise."""
         if self.resident or not self.workers or not SHARED.is_dir():
@@ -65,13 +71,14 @@ class Loader:
     def batches(
         self, indices: Iterable[np.ndarray], tables: EpochTables | None = None, size: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One batch for each array of sample indices, in that order: whole pictures, or with the tables of an epoch
-        their crops of `size` pixels, mirrored. Raises UserError at a damaged record."""
+        """One batch for each array of sample indices, in that order: whole pictures; or with the tables of an epoch for
+        each array of draws the crops of `size` pixels, mirrored. Raises UserError at a damaged record."""
         if self.resident:
             for batch in indices:
-                where = upload(batch, self.device)
                 crops = _crops(tables, batch, size)
-                images = random_crops(self.images, batch, crops) if crops else self.images.index_select(0, where)
+                samples = tables.pictures(batch) if tables else batch
+                where = upload(samples, self.device)
+                images = random_crops(self.images, samples, crops) if crops else self.images.index_select(0, where)
                 yield images, self.labels.index_select(0, where)
             return
         cuda = self.device.type == "cuda"
@@ -102,12 +109,13 @@ class _Batches(Dataset):
         self.records, self.tables, self.size = records, tables, size
 
     def __getitems__(self, indices) -> tuple[Tensor, Tensor]:
-        images, labels = self.records.read(indices, crops=_crops(self.tables, indices, self.size))
+        samples = self.tables.pictures(indices) if self.tables else indices
+        images, labels = self.records.read(samples, crops=_crops(self.tables, indices, self.size))
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def _crops(tables: EpochTables | None, samples: np.ndarray, size: int) -> Crops | None:
-    return Crops(tables.offsets[samples], tables.mirror[samples], size) if tables else None
+def _crops(tables: EpochTables | None, draws: np.ndarray, size: int) -> Crops | None:
+    return Crops(tables.offsets[draws], tables.mirror[draws], size) if tables else None
 
 
 def _as_is(batch):

@@ -30,6 +30,8 @@ from utils import Parser, Progress, UserError, run_script, shown, sync_folder, w
 STORES = Path(__file__).parent / "stores"
 MAX_SKIPPED = 0.01  # of a split's pictures; more stops the packing
 PICTURES_A_SHARD = 50_000  # of the training split, where --shards does not say
+UNEVEN = 3  # times as many pictures of one class as of another: worth a word
+HANDFUL = 20  # training pictures of a class: so few are worth a word
 NAMED_REPAIRS = 100  # names that the manifest keeps of each kind of repair
 
 
@@ -94,7 +96,7 @@ def pack(
     that is killed leaves no half store, and the next one keeps its finished shards. only: the shards A up to B alone;
     None where others are missing still. Raises UserError where `out` exists or more than 1% cannot be read."""
     out = Path(out)
-    shards = shards or max(1, len(source.splits["train"].labels) // PICTURES_A_SHARD)
+    shards = shards or shards_of(source)
     job = Job(source, out, size or source.size, codec or source.codec, shards)
     first, last = only or (0, shards)
     if last > shards:
@@ -124,7 +126,23 @@ def pack(
     for split, kinds in store.manifest["repaired"].items():
         counts = ", ".join(f"{kind['count']:,} {word}" for word, kind in kinds.items())
         print(f"repaired in {split}: {counts}", flush=True)
+    for line in about_classes(source):
+        print(line, flush=True)
     return store
+
+
+def about_classes(source) -> list[str]:
+    """What to know of classes with few training pictures, before time is spent on them."""
+    counts = np.bincount(source.splits["train"].labels, minlength=len(source.classes))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    lines, few = [], int((counts < HANDFUL).sum())
+    if counts[most] > UNEVEN * counts[least]:
+        lines.append(f"classes are uneven, from {counts[least]:,} ({source.classes[least]}) to {counts[most]:,} "
+                     f"({source.classes[most]}) training pictures; train.py --balance shows each class equally often")
+    if few:
+        lines.append(f"{few} of {len(counts)} classes have fewer than {HANDFUL} training pictures "
+                     f"({source.classes[least]}: {counts[least]}); expect a net to miss them, or add some")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------- shards
@@ -347,6 +365,21 @@ def named_store(name: str, download: bool | None = True) -> Store:
     if download is None:
         raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {name}")
     return pack(sources.find(name, download), path, workers=len(os.sched_getaffinity(0)))
+
+
+def store_of(path: Path, size: int | None = None, val: float | None = None) -> Store:
+    """The store of a folder of pictures or another source on disk, data/stores/NAME-DIGEST, packed first where there is
+    none of what the source holds now: names, classes and sizes of its files count, so pictures that were added make
+    another store. size, val: as --size and --val of data.pack. Raises UserError."""
+    source = sources.find(str(path), val=val)
+    job = Job(source, STORES / source.name, size or source.size, source.codec, shards_of(source))
+    out = STORES / f"{source.name}-{job.digest()[:8]}"
+    return Store(out) if out.exists() else pack(source, out, size=size, workers=len(os.sched_getaffinity(0)))
+
+
+def shards_of(source) -> int:
+    """How many, where nothing else is asked for."""
+    return max(1, len(source.splits["train"].labels) // PICTURES_A_SHARD)
 
 
 def verify(store: Store, pool) -> None:

@@ -54,14 +54,14 @@ def test_bad_arguments_are_one_line_and_leave_nothing(store, tmp_path, arguments
 
 
 def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
-    """A folder of pictures instead of a store: the way out is the pack command."""
+    """An empty folder: what belongs into it."""
     no_store = types.SimpleNamespace(path=tmp_path)
     done = subprocess.run(command(no_store, tmp_path / "run"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert "python -m data.pack" in line
+    assert "CLASS/PICTURES" in line
 
 
 @pytest.mark.parametrize("size", [63, 64])
@@ -111,10 +111,10 @@ def test_the_sources_options_reach_the_net_and_the_crops(store, tmp_path, monkey
 def test_the_defaults_are_the_papers():
     """Section 5: batches of 128, momentum 0.9, decay 0.0005, learning rate 0.01, roughly 90 cycles."""
     args = options.make_parser().parse_args([])
-    assert (args.momentum, args.weight_decay, args.lr, args.lrn_k) == (0.9, 0.0005, 0.01, 2.0)
-    assert (options.DEFAULTS["batch_size"], options.DEFAULTS["epochs"]) == (128, 90)
+    assert (args.momentum, args.weight_decay, args.lrn_k) == (0.9, 0.0005, 2.0)
+    assert options.DEFAULTS == {"batch_size": 128, "epochs": 90, "patience": 5, "lr": 0.01}
     assert (args.columns, args.order, args.activation, args.recipe, args.crop_runs) == (1, "paper", "relu", "2012", 1)
-    assert (args.mean, args.colour, args.lrn_alpha, options.DEFAULTS["patience"]) == ("image", "2012", "2012", 5)
+    assert (args.mean, args.colour, args.lrn_alpha) == ("image", "2012", "2012")
     assert all((args.lrn, args.overlapping_pool, args.dropout, args.mirror))
     assert not args.lrn_across
     for stored, size in ((256, 224), (72, 64)):
