@@ -3,7 +3,7 @@ between the two:
 
     python -m studies.cifar2012                                all four, one seed each, 520 epochs
     python -m studies.cifar2012 --nets 13pct 11pct --epochs 130 --seeds 3
-    python -m studies.cifar2012 --speed                        images/s, and each layer's share of a step
+    python -m studies.cifar2012 --speed                        images/s of a step, ms of each layer by itself
 
 The nets, their update and the way they are trained are those of cuda-convnet, which the paper's footnote names:
 layers-conv-local-13pct.cfg, -11pct.cfg and their layer-params files. The 11pct net has normalisation, 64 filters
@@ -17,10 +17,12 @@ cuda-convnet; which of them are held out, and the order, is drawn once, the same
 weights at the start, the crops and the mirroring. The test pictures are read when a net is finished.
 
 A finished net is a line in --out and is not trained again; one that was stopped, in any way, goes on where its last
-epoch began and ends in the same weights. Several processes can share an --out.
+epoch began and ends in the same weights. Nets stay in checkpoints/cifar2012/, and with another --out are tested, not
+trained, again. Several processes can share an --out.
 """
 
 import itertools
+import json
 import statistics
 import time
 from contextlib import suppress
@@ -77,18 +79,19 @@ def plan_of(epochs: int) -> list[tuple[float, int]]:
 
 
 @dataclass
-class Training:
-    """A net under way. epoch: epochs finished."""
+class Net:
+    """A net under way. epoch: epochs finished; made: on what, and by which commit, it was begun."""
 
     folder: Path
     net: nn.Sequential
     optimizer: torch.optim.Optimizer
     seed: int
     precision: str
-    epoch: int = 0
+    epoch: int
+    made: dict
 
 
-def fit(run: Training, pictures: Pictures, epochs: int, watch: Watch) -> bool:
+def fit(run: Net, pictures: Pictures, epochs: int, watch: Watch) -> bool:
     """Train to the end; False where a signal stopped it, in which case last.pt has the last whole epoch."""
     for lr, parts in plan_of(epochs)[run.epoch :]:
         lower_rate(run.optimizer, lr)
@@ -97,33 +100,29 @@ def fit(run: Training, pictures: Pictures, epochs: int, watch: Watch) -> bool:
             print(f"stopped in epoch {run.epoch + 1}; the same command trains that epoch again and goes on", flush=True)
             return False
         run.epoch += 1
-        entry |= {"epoch": run.epoch, "lr": lr, "pictures": parts}
+        entry |= {"epoch": run.epoch, "lr": lr, "parts": parts}
         if parts < 5:
             entry["val_top1_error"] = error(run.net, pictures.views("centre"), pictures.held_out())
         held_out = f"  held-out error {entry['val_top1_error']:.2f}%" if parts < 5 else ""
         print(f"epoch {run.epoch:>3}/{epochs}  lr {lr:g}  train loss {entry['train_loss']:.4f} error "
               f"{entry['train_top1_error']:.2f}%{held_out}  {entry['images_per_second']:.0f} images/s", flush=True)
         append_line(run.folder / "log.jsonl", entry)
-        save(run.folder / "last.pt", run.net, run.optimizer, run.epoch)
+        save(run.folder / "last.pt", run.net, run.optimizer, pictures, run.epoch, made=run.made)
     return True
 
 
-def start(folder: Path, name: str, pictures: Pictures, seed: int, precision: str) -> Training:
+def start(folder: Path, name: str, pictures: Pictures, seed: int, precision: str) -> Net:
     """A net at its start, or where its folder's last.pt has it."""
-    utils.no_tf32()
     utils.seed_all(seed)
     options, device = NETS[name], pictures.train.device
     net = build(options["lrn"], options["filters"], classes=pictures.classes)
     net = net.to(device, memory_format=torch.channels_last)
     accelerate(net)
-    run = Training(folder, net, make_optimizer(net, options["decay"]), seed, precision)
-    run.epoch = load(folder / "last.pt", net, run.optimizer)["epoch"]
-    log = folder / "log.jsonl"
-    kept = [entry for entry in read_log(log) if entry["epoch"] <= run.epoch]
-    log.unlink(missing_ok=True)  # killed between a line and last.pt: that epoch is trained again
-    for entry in kept:
-        append_line(log, entry)
-    return run
+    optimizer = make_optimizer(net, options["decay"])
+    last, log = load(folder / "last.pt", net, optimizer, pictures), folder / "log.jsonl"
+    kept = [entry for entry in read_log(log) if entry["epoch"] <= last["epoch"]]  # the others are trained once more
+    utils.write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))
+    return Net(folder, net, optimizer, seed, precision, last["epoch"], last.get("made") or environment(device))
 
 
 # ---------------------------------------------------------------------------------------------- the study
@@ -132,6 +131,7 @@ def start(folder: Path, name: str, pictures: Pictures, seed: int, precision: str
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = pick_device(args.device)
+    utils.no_tf32()
     if args.speed:
         print(speed(args, device))
         return 0
@@ -144,6 +144,7 @@ def main(argv=None) -> int:
         if status := make_net(args, pictures, cell):
             return status  # a signal stopped it; the next start goes on there
     print(table([e for e in read_log(args.out) if (e["epochs"], e["precision"]) == (args.epochs, args.precision)]))
+    print(f"\n{args.epochs} epochs (cuda-convnet: {PARTS[-1]}), {args.precision}")
     return 0
 
 
@@ -162,13 +163,14 @@ def make_net(args, pictures: Pictures, cell: dict) -> int:
                 if not fit(run, pictures, args.epochs, watch):
                     return 128 + watch.received
             except Diverged as reason:
-                append_line(args.out, cell | {"diverged": str(reason)} | environment(device))
+                append_line(args.out, cell | {"diverged": str(reason)} | run.made)
                 return 0
         log = read_log(folder / "log.jsonl")
         errors = {p: error(run.net, pictures.views(p), pictures.test.in_order(BATCH)) for p in PROTOCOLS}
         found = {"error": errors, "train_top1_error": log[-1]["train_top1_error"],
                  "seconds": sum(e["seconds"] for e in log)}
-        append_line(args.out, cell | found | environment(device))
+        append_line(args.out, cell | found | run.made)
+        return 128 + watch.received if watch.received else 0  # one that came with the last epoch
     return 0
 
 

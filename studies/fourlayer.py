@@ -1,8 +1,9 @@
 """cuda-convnet's four-layer nets for CIFAR-10, their update and their pictures: what studies.cifar2012 (the paper's
 section 3.3) and studies.figure1 share.
 
-Two convolutions, two locally connected layers, a dense layer to the classes; layers-conv-local-13pct.cfg,
-layers-conv-local-11pct.cfg and the layer-params files of these names are the source of each number.
+Two convolutions, two locally connected layers, a dense layer to the classes: layers-conv-local-13pct.cfg and -11pct.cfg
+with their layer-params files. What these leave out is cuda-convnet's own: batches of 128 and crops from 9 x 9 places
+(convnet.py), the 1 in the normalisation and pools that round up (its kernels, layer.py), ten views (convdata.py).
 """
 
 import itertools
@@ -122,7 +123,7 @@ class Pictures:
     """
 
     def __init__(self, store: Store, side: int, device: torch.device):
-        self.side, self.classes = side, len(store.classes)
+        self.side, self.classes, self.fingerprint = side, len(store.classes), store.fingerprint
         self.train, rest, self.test = (Loader(store, s, device, resident=True) for s in ("train", "val", "test"))
         self.train.images = torch.cat([self.train.images, rest.images])
         self.train.labels = torch.cat([self.train.labels, rest.labels])
@@ -187,25 +188,31 @@ def train_epoch(net, optimizer, pictures: Pictures, parts: int, seed: int, epoch
     return {"train_loss": loss, "train_top1_error": 100 * wrong} | speed
 
 
-def save(path: Path, net: nn.Module, optimizer, epoch: int, **more) -> None:
+def save(path: Path, net: nn.Module, optimizer, pictures: Pictures, epoch: int, **more) -> None:
     """Keep what goes on after `epoch` epochs. Raises Diverged."""
+    if not all(parameter.isfinite().all() for parameter in net.parameters()):
+        raise Diverged(f"the weights are no longer finite after epoch {epoch}")
     utils.save_checkpoint(path, {
-        "model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": epoch, "epoch": epoch, **more
+        "model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
+        "fingerprint": pictures.fingerprint, **more,
     })
 
 
-def load(path: Path, net: nn.Module, optimizer) -> dict:
-    """Take up the state of a file of save()'s; the whole of it. Without the file, that of no epoch."""
+def load(path: Path, net: nn.Module, optimizer, pictures: Pictures) -> dict:
+    """Take up the state of a file of save()'s, and return it; {"epoch": 0} where there is no such file."""
     if not path.exists():
         return {"epoch": 0}
+    anew = f"remove {shown(path.parent)} to train this net anew"
     try:
         last = torch.load(path, map_location=next(net.parameters()).device, weights_only=True)
         net.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        return last | {"epoch": int(last["epoch"])}
+        epoch, fingerprint = int(last["epoch"]), last["fingerprint"]
     except Exception as reason:  # torch's reader raises nearly anything
-        raise UserError(f"{shown(path)} is damaged or of another net ({utils.one_line(reason)}); remove "
-                        f"{shown(path.parent)} to train this net anew") from None
+        raise UserError(f"{shown(path)} is damaged or of another net ({utils.one_line(reason)}); {anew}") from None
+    if fingerprint != pictures.fingerprint:
+        raise UserError(f"{shown(path)} was trained on another store of CIFAR-10; {anew}")
+    return last | {"epoch": epoch}
 
 
 def error(net: nn.Module, views, batches) -> float:

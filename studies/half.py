@@ -19,6 +19,7 @@ from data.store import Store
 from kernels import accelerate
 from model import AlexNet
 from recipe import Schedule, make_optimizer
+from utils import UserError
 
 KERNELS = {"conv1": (3, 48), "conv2": (48, 128), "conv3": (128, 192), "conv4": (192, 192), "conv5": (192, 256)}
 
@@ -38,11 +39,17 @@ def halved(num_classes: int, image_size: int, recipe: str = "2012") -> AlexNet:
 def main(argv) -> int:
     """Train it; train.py's command line and exit status."""
     args = options.parse(argv)
+    plain = options.make_parser().parse_args([])
+    others = [name for name in (*options.NET, "dropout") if name != "image_size" and
+              getattr(args, name) != getattr(plain, name)]
+    if others or args.init:
+        raise UserError(f"{options.flag(others[0] if others else 'init')}: this net has no such option")
     device = utils.pick_device(args.device)
     watch = train.Watch(device)
     store, _ = train.open_store(args, watch)
     options.settle(args, store, device, world=1)
     utils.no_tf32()
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
     utils.seed_all(args.seed)
     net = halved(len(store.classes), args.image_size, args.recipe).to(device, memory_format=torch.channels_last)
     kernels = accelerate(net)
@@ -52,6 +59,8 @@ def main(argv) -> int:
     run = Training(args, store, net, optimizer, Schedule(args.lr, args.patience, args.drops), kernels)
     if args.resume:
         load_last(run, device)
+    print(f"half of the kernels in conv1 to conv4: {sum(p.numel() for p in net.parameters()):,} parameters; {kernels}",
+          flush=True)
     with run_folder(run, device, 0, 1) as warning, watch:
         watch.warn(warning)
         return train.fit(run, watch)

@@ -41,7 +41,8 @@ CHOICES = {
     "bias_rate": (2, 1),  # learning rate, times the weights'
     "bias_decay": ("no", "yes"),
 }
-KEY = ("dataset", "steps", "stop_below", "seed", *CHOICES)
+KEY = ("dataset", "image_size", "precision", "steps", "stop_below", "seed", *CHOICES)
+EARLIER = {"image_size": 64, "precision": "fp32"}  # what lines did not say once
 EVERY = 5  # the log keeps the mean loss of every 5 steps
 WINDOW = 25  # steps that a reported loss is the mean of
 LEFT = 0.9  # the plateau is left when that mean falls below this part of ln(classes)
@@ -53,27 +54,39 @@ def main(argv=None) -> int:
     store = Store(args.data) if args.data else named_store(args.dataset)
     args.dataset = store.name
     loader, machine = Loader(store, "train", device), environment(device)
+    run = settled(args, store, device, seed=0)
+    about = {"dataset": args.dataset, "image_size": run.image_size, "precision": run.precision, "steps": args.steps,
+             "stop_below": args.stop_below}
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
-    before = read_log(out)
-    if any(set(KEY) - set(entry) for entry in before):
-        raise UserError(f"{out} holds lines of another kind; name another --out")
-    done = {tuple(entry[k] for k in KEY) for entry in before}
+    done = {tuple(entry[k] for k in KEY) for entry in read_runs(out)}
     for seed, cell in itertools.product(range(args.seeds), cells):
-        entry = {"dataset": args.dataset, "steps": args.steps, "stop_below": args.stop_below, "seed": seed, **cell}
+        entry = about | {"seed": seed, **cell}
         if tuple(entry[k] for k in KEY) not in done:
             began = time.monotonic()
-            run = options.make_parser().parse_args(["--seed", str(seed), "--max-steps", str(args.steps)])
-            options.settle(run, store, device, world=1)
+            run = settled(args, store, device, seed)
             losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
-            entry |= summary(losses, len(store.classes)) | {
-                "outputs": outputs, "precision": run.precision, "seconds": time.monotonic() - began,
-            }
+            entry |= summary(losses, len(store.classes)) | {"outputs": outputs, "seconds": time.monotonic() - began}
             append_line(out, entry | machine)
-    alike = (args.dataset, args.steps, args.stop_below)
-    entries = [e for e in read_log(out) if (e["dataset"], e["steps"], e["stop_below"]) == alike]
+    entries = [e for e in read_runs(out) if all(e[k] == v for k, v in about.items())]
     print(table(entries))
     draw(entries, out.with_suffix(".png"))
     return 0
+
+
+def settled(args, store, device, seed: int):
+    """train.py's arguments of a run."""
+    run = options.make_parser().parse_args([
+        "--seed", str(seed), "--max-steps", str(args.steps), "--precision", args.precision
+    ])
+    options.settle(run, store, device, world=1)
+    return run
+
+
+def read_runs(out: Path) -> list[dict]:
+    found = [EARLIER | entry for entry in read_log(out)]
+    if any(set(KEY) - set(entry) for entry in found):
+        raise UserError(f"{out} holds lines of another kind; name another --out")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -275,6 +288,7 @@ def make_parser() -> Parser:
     parser.add_argument("--steps", type=whole(WINDOW), default=200, help="of each run (default: %(default)s)")
     parser.add_argument("--stop-below", type=number(0, including=True), default=0.0, metavar="LOSS",
                         help=f"end a run when its loss, the mean of {WINDOW} steps, is lower (default: never)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as in train.py")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--out", default="results/plateau.jsonl", help="default: %(default)s")
     return parser

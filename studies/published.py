@@ -15,6 +15,7 @@ rate does, too; the test pictures are read when a net is finished, and not befor
 import fcntl
 import json
 import os
+import re
 import shutil
 import statistics
 from collections import defaultdict
@@ -151,14 +152,21 @@ def finished(name: str) -> dict[Machine, dict[int, dict]]:
     return found
 
 
-def folder(name: str, seed: int, device: torch.device, precision: str) -> Path:
-    return checkpoints.FOLDER / "published" / f"{name}-{seed}-{device.type}-{precision}"
+def machine_of(device: torch.device, precision: str) -> Machine:
+    return Machine(environment(device)["device"], precision)
+
+
+def folder(name: str, seed: int, machine: Machine) -> Path:
+    """Where a net of this kind of device lies; its log has the same name."""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{machine.device} {machine.precision}".lower())
+    return checkpoints.FOLDER / "published" / f"{name}-{seed}-{words}"
 
 
 def make_net(name: str, row: Row, seed: int, device: torch.device, precision: str) -> int:
     """Train, test and note one net, unless it is done or another process is at it. Returns train.py's exit status, 0
     where it finished or diverged."""
-    place, machine = folder(name, seed, device, precision), Machine(environment(device)["device"], precision)
+    machine = machine_of(device, precision)
+    place = folder(name, seed, machine)
     place.mkdir(parents=True, exist_ok=True)
     with suppress(Busy), locked(place):
         if seed in finished(name)[machine]:
@@ -245,9 +253,9 @@ def test_error(row: Row, runs: list[Path], device: torch.device, ten_crop: bool)
 
 def test_together(name: str, row: Row, device: torch.device, precision: str) -> None:
     """All nets of a row as one model, ten crops; nothing while one is missing."""
-    places = [folder(name, seed, device, precision) for seed in range(row.seeds)]
-    here = environment(device)
-    machine = Machine(here["device"], precision)
+    machine = machine_of(device, precision)
+    places = [folder(name, seed, machine) for seed in range(row.seeds)]
+    utils.no_tf32()
     with suppress(Busy), locked(places[0]):
         if together(name, machine) is not None or len(sound(finished(name)[machine])) < row.seeds:
             return
@@ -256,7 +264,7 @@ def test_together(name: str, row: Row, device: torch.device, precision: str) -> 
             print(f"{name}: its nets are no longer in {places[0].parent}; they can't be tested as one")
             return
         entry = {"row": name, "together": row.seeds, "precision": precision}
-        append_line(RESULTS, entry | {TEN_CROP: test_error(row, runs, device, ten_crop=True)} | here)
+        append_line(RESULTS, entry | {TEN_CROP: test_error(row, runs, device, ten_crop=True)} | environment(device))
 
 
 def together(name: str, machine: Machine) -> float | None:
@@ -279,7 +287,7 @@ def sound(nets: dict[int, dict]) -> list[dict]:
     return [nets[seed] for seed in sorted(nets) if "diverged" not in nets[seed]]
 
 
-def shown(name: str) -> tuple[Machine | None, list[dict]]:
+def best_covered(name: str) -> tuple[Machine | None, list[dict]]:
     """The machine with the most sound nets of a row, the latest of several, and these nets."""
     found = [(machine, sound(nets)) for machine, nets in finished(name).items()]
     return max(reversed(found), key=lambda entry: len(entry[1]), default=(None, []))
@@ -289,7 +297,7 @@ def error_table() -> list[str]:
     lines = ["| what | centre crop | ten crops | all as one, ten crops | training error | nets | made on |",
              "|---|---|---|---|---|---|---|"]
     for name, row in ROWS.items():
-        machine, nets = shown(name)
+        machine, nets = best_covered(name)
         if not nets:
             lines.append(f"| {row.what} | not measured yet | | | | 0 of {row.seeds} | |")
             continue
@@ -305,18 +313,19 @@ def error_table() -> list[str]:
 
 
 def idea_table() -> list[str]:
-    lines = ["| idea | paper, on ImageNet | without | with | points off, by seed | in all |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| idea | paper, on ImageNet | without | with | points off, by seed | in all | made on |",
+             "|---|---|---|---|---|---|---|"]
     for name, idea in IDEAS.items():
-        paired = (pairs_on(machine, idea) for machine in reversed(finished(idea.before)))
-        pairs = max(paired, key=len, default=[])
+        paired = [(machine, pairs_on(machine, idea)) for machine in reversed(finished(idea.before))]
+        machine, pairs = max(paired, key=lambda entry: len(entry[1]), default=(None, []))
         if not pairs:
-            lines.append(f"| {name} | {idea.paper} | not measured yet | | | |")
+            lines.append(f"| {name} | {idea.paper} | not measured yet | | | | |")
             continue
         gains = [without - with_it for without, with_it in pairs]
         means = " | ".join(mean_and_spread(errors) for errors in zip(*pairs, strict=True))
         by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
-        lines.append(f"| {name} | {idea.paper} | {means} | {by_seed} | {verdict(gains)} |")
+        lines.append(f"| {name} | {idea.paper} | {means} | {by_seed} | {verdict(gains)} | "
+                     f"{machine.device}, {machine.precision} |")
     return lines
 
 

@@ -8,12 +8,13 @@ import torch
 import checkpoints
 import test
 import train
-from checkpoints.run import environment, locked, read_log
+from checkpoints.run import locked, read_log
 from data.store import Store
 from studies import half, published
 from utils import Diverged, UserError
 
 CPU = ["--device", "cpu"]
+HERE = published.machine_of(torch.device("cpu"), "fp32")
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
     *nets, together = read_log(published.RESULTS)
     assert [(e["row"], e["seed"]) for e in nets] == [("base", 0), ("plain", 0), ("base", 1), ("plain", 1)]
     for e in nets:
-        best = small / "published" / f"{e['row']}-{e['seed']}-cpu-fp32" / "run" / "best.pt"
+        best = small / "published" / e["log"].removesuffix(".jsonl") / "run" / "best.pt"
         for protocol in ("center", "ten-crop"):
             found = test.errors([best], Store(store.path), ten_crop=protocol == "ten-crop")
             assert e[f"{protocol}_error"] == found["top1_error"]
@@ -61,7 +62,7 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
         assert (e["precision"], e["epochs"]) == ("fp32", 2)
         log = read_log(published.LOGS / e["log"])
         assert e["val_top1_error"] == min(line["val_top1_error"] for line in log)
-    both = [small / "published" / f"base-{seed}-cpu-fp32" / "run" / "best.pt" for seed in (0, 1)]
+    both = [small / "published" / nets[2 * seed]["log"].removesuffix(".jsonl") / "run" / "best.pt" for seed in (0, 1)]
     assert together["ten-crop_error"] == test.errors(both, Store(store.path), ten_crop=True)["top1_error"]
     assert not list(small.rglob("last.pt"))
     one, other = ([e["center_error"] for e in nets if e["row"] == row] for row in ("plain", "base"))
@@ -72,7 +73,7 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
 
 
 def test_what_another_process_is_at_is_left_to_it(small):
-    place = published.folder("base", 0, torch.device("cpu"), "fp32")
+    place = published.folder("base", 0, HERE)
     place.mkdir(parents=True)
     with locked(place):
         assert published.main(["base", *CPU]) == 0
@@ -92,7 +93,7 @@ def test_tables_say_what_is_not_there(small, monkeypatch, capsys):
     assert published.main(["--tables"]) == 0
     printed = capsys.readouterr().out
     assert "| small | not measured yet | | | | 0 of 2 | |" in printed
-    assert "| LRN | 1.4 | not measured yet | | | |" in printed
+    assert "| LRN | 1.4 | not measured yet | | | | |" in printed
     with pytest.raises(UserError, match="no row tanh; the rows are base, plain"):
         published.main(["tanh"])
 
@@ -107,14 +108,13 @@ def test_a_net_that_diverged_is_a_line_too(small, monkeypatch, capsys):
     monkeypatch.setattr(train, "main", diverge)
     published.main(["base", *CPU])
     assert [e["diverged"][:8] for e in read_log(published.RESULTS)] == ["the loss"] * 2  # and none of both together
-    here = environment(torch.device("cpu"))["device"]
-    assert f"diverged: base with seed 0 on {here}, base with seed 1 on {here}" in capsys.readouterr().out
+    assert f"diverged: base with seed 0 on {HERE.device}, base with seed 1 on {HERE.device}" in capsys.readouterr().out
     assert len(list(published.LOGS.iterdir())) == 2
 
 
 def test_what_a_kill_leaves_does_not_stand_in_the_way(small):
     """A folder with no more than a config.json; one whose net is finished while its line is gone."""
-    out = published.folder("base", 0, torch.device("cpu"), "fp32") / "run"
+    out = published.folder("base", 0, HERE) / "run"
     out.mkdir(parents=True)
     (out / "config.json").write_text("{}")
     published.main(["base", *CPU])
@@ -143,7 +143,7 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
     assert published.main(["base", *CPU]) == 0
     (line,) = read_log(published.RESULTS)
     assert line["command"] == "python -m studies.published base"
-    run = published.folder("base", 0, torch.device("cpu"), "fp32") / "run"
+    run = published.folder("base", 0, HERE) / "run"
     assert run.joinpath("best.pt").exists()
     for crops in (False, True):
         found = half.errors(run / "best.pt", Store(store.path), ten_crop=crops, device="cpu")["top1_error"]
@@ -168,8 +168,8 @@ def test_tables_show_one_machine_and_precision(small, monkeypatch):
               for p in ("bf16", "fp32")]
     monkeypatch.setattr(published, "read_log", lambda path: found)
     assert published.idea_table()[-2:] == [
-        "| LRN | 1.4 | 12.00 | 10.00 | +2.00 | too few seeds |",
-        "| ten crops | 1.5 | 10.50 ± 0.71 | 9.50 ± 0.71 | +1.00, +1.00 | too few seeds |",
+        "| LRN | 1.4 | 12.00 | 10.00 | +2.00 | too few seeds | here, bf16 |",
+        "| ten crops | 1.5 | 10.50 ± 0.71 | 9.50 ± 0.71 | +1.00, +1.00 | too few seeds | here, bf16 |",
     ]
     assert published.error_table()[-2:] == [
         "| small | 10.50 ± 0.71 | 9.50 ± 0.71 | 8.00 | 1.00 ± 0.00 | 2 of 2 | here, bf16 |",
@@ -188,12 +188,14 @@ def test_another_precision_is_another_net(small, monkeypatch):
     monkeypatch.setattr(published, "train_net", stopped)
     published.RESULTS.write_text(
         '{"row": "base", "seed": 0, "device": "another", "precision": "fp32"}\n'
-        f'{{"row": "base", "seed": 0, "device": "{environment(torch.device("cpu"))["device"]}", "precision": "bf16"}}\n'
+        f'{{"row": "base", "seed": 0, "device": "{HERE.device}", "precision": "bf16"}}\n'
     )
     assert published.main(["base", *CPU]) == 3
     assert published.main(["base", *CPU, "--precision", "bf16"]) == 3  # of seed 1
     assert calls == ["fp32", "bf16"]
-    assert not (small / "published" / "base-0-cpu-bf16" / "run").exists()
+    places = {published.folder("base", 0, published.Machine(name, "bf16")).name for name in ("GPU A", "GPU B")}
+    assert places == {"base-0-gpu-a-bf16", "base-0-gpu-b-bf16"}  # so none overwrites the other's net and log
+    assert not (published.folder("base", 0, HERE._replace(precision="bf16")) / "run").exists()
 
 
 def test_rows_are_commands_of_train_py():
@@ -218,7 +220,7 @@ def test_the_guides_have_what_it_prints():
     assert "\n".join(published.idea_table()) in results
     for name, words in (("cifar10-default", "CIFAR-10, all defaults (65 epochs)"),
                         ("cifar10", "CIFAR-10, 30 epochs, five seeds")):
-        nets = published.shown(name)[1]
+        nets = published.best_covered(name)[1]
         shown = [published.spread_of(nets, key) for key in (published.CENTER, published.TEN_CROP)]
         assert f"| {words} | 10,000 | {shown[0]}% | {shown[1]}% |" in readme.replace("**", "")
     for e in read_log(published.RESULTS):

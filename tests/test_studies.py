@@ -18,7 +18,7 @@ def test_plateau_trains_as_train_py_does(store, tmp_path, monkeypatch, capsys):
     """The mean of an epoch's losses is the one in the log of a run with the same seed; finished seeds are kept."""
     monkeypatch.setattr(plateau, "named_store", lambda name: store)
     monkeypatch.setattr(plateau, "WINDOW", 2)
-    monkeypatch.setattr("options.DEFAULTS", {"epochs": 90, "batch_size": 32, "patience": 5})
+    monkeypatch.setattr("options.DEFAULTS", options.DEFAULTS | {"batch_size": 32})
     seen = []
     real = plateau.first_losses
     monkeypatch.setattr(plateau, "first_losses", lambda *a: seen.append(real(*a)) or seen[-1])
