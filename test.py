@@ -3,7 +3,7 @@
     python test.py                                    the newest run's best.pt on what it was trained on
     python test.py CHECKPOINT --ten-crop              the paper's ten crops
     python test.py A.pt B.pt C.pt --ten-crop          an ensemble: softmax outputs averaged
-    python test.py CHECKPOINT --images cat.jpg        the five most likely classes of pictures
+    python test.py CHECKPOINT --images cat.jpg        the five likeliest classes of pictures, or of a folder of them
 
 README.md says what you should see; --help lists the options.
 """
@@ -21,15 +21,15 @@ import torch
 
 import checkpoints
 import utils
-from checkpoints import load_member, load_model
+from checkpoints import load_member, watch_features
+from checkpoints.loose import Namer
 from checkpoints.run import ROOT
 from data import sources
 from data.loader import Loader, default_workers
 from data.pack import named_store
-from data.pictures import open_picture
 from data.store import Store
 from kernels import accelerate
-from utils import Parser, UserError, run_script, shown, whole, write_text
+from utils import Parser, UserError, replacing, run_script, shown, whole, write_text
 
 
 def main(argv=None) -> int:
@@ -46,6 +46,7 @@ def main(argv=None) -> int:
     split = choose_split(args, store)
     check_fit(paths, members, store)
     names = store.names(split)
+    seen = watch_features(members[0][0]) if args.features else []
     result, rows = measure(members, store, split, args.batch_size, args.precision)
     result |= {"protocol": "ten-crop" if args.ten_crop else "center", "checkpoints": [str(path) for path in paths]}
     if args.per_class:
@@ -53,6 +54,10 @@ def main(argv=None) -> int:
     print(json.dumps(result) if args.json else report(result))
     if args.predictions:
         write_predictions(Path(args.predictions), rows, store.classes, names)
+    if args.confusion:
+        draw_confusion(Path(args.confusion), rows, store.classes)
+    if args.features:
+        write_features(Path(args.features), seen, names, [row[0] for row in rows], store.classes)
     return 0
 
 
@@ -67,12 +72,16 @@ def errors(paths: list, store: Store, *, split: str = "test", ten_crop: bool = F
 
 
 def check_arguments(args) -> None:
-    if args.predictions and not Path(args.predictions).resolve().parent.is_dir():
-        raise UserError(f"--predictions {args.predictions}: there is no such folder")
-    if args.predictions and Path(args.predictions).suffix == ".pt":
-        raise UserError(f"--predictions {args.predictions}: that is what a checkpoint is called; name a .csv file")
-    if args.images and (args.predictions or args.per_class or args.split):
-        raise UserError("--predictions, --per-class and --split go with a data set, not with --images")
+    for option in ("predictions", "features", "confusion"):
+        path = getattr(args, option) and Path(getattr(args, option))
+        if path and not path.resolve().parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no such folder")
+        if path and path.suffix in (".pt", ".safetensors"):
+            raise UserError(f"--{option} {path}: that is what a checkpoint is called; name another file")
+    if args.images and (args.per_class or args.split or args.confusion):
+        raise UserError("--per-class, --confusion and --split go with a data set, not with --images")
+    if args.features and (args.ten_crop or len(args.checkpoints) > 1):
+        raise UserError("--features are of one net and centre crops; leave --ten-crop and other checkpoints out")
 
 
 def checkpoint_paths(args) -> list[Path]:
@@ -103,7 +112,7 @@ def choose_split(args, store: Store) -> str:
     """--split; else test if it has labels, else val."""
     labelled_test = store.counts.get("test") and "test" not in store.unlabelled
     split = args.split or ("test" if labelled_test else "val")
-    if split in store.unlabelled and (not args.predictions or args.per_class):
+    if split in store.unlabelled and (args.per_class or args.confusion or not (args.predictions or args.features)):
         raise UserError(f"the pictures of {shown(store.path)}'s {split} split have no labels; --predictions FILE.csv "
                         "writes what they are taken for")
     return split
@@ -223,24 +232,67 @@ def report(result: dict) -> str:
 
 
 def name_pictures(args, paths: list[Path], device) -> None:
-    """Print the five most likely classes of each of --images, by the averaged softmax outputs."""
-    loaded = [load_model(path, device) for path in paths]
-    classes = loaded[0][0].classes
-    if any(model.classes != classes for model, _ in loaded):
-        raise UserError("these checkpoints have different classes and are no ensemble")
-    members = [
-        (model, lambda picture, see=prepare: [torch.cat(see(picture, True)) if args.ten_crop else see(picture)])
-        for model, prepare in loaded
-    ]
-    for name in args.images:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            outputs = utils.probabilities(members, [open_picture(Path(name))])
-        best = outputs[0].topk(min(5, len(classes)))
-        found = [(classes[label], chance) for chance, label in zip(*(b.tolist() for b in best), strict=True)]
-        if args.json:
-            print(json.dumps({"picture": name, "classes": found}))
-        else:
-            print("\n".join([name, *(f"  {100 * chance:6.2f}%  {label}" for label, chance in found)]))
+    """Print the five likeliest classes of each of --images, or write them, by the averaged softmax outputs."""
+    namer = Namer(paths, device, args.ten_crop, args.precision)
+    seen, names, rows = watch_features(namer.members[0][0]) if args.features else [], [], []
+    for batch, outputs in namer.name(args.images, args.batch_size):
+        best = outputs.topk(min(5, len(namer.classes)))
+        for name, labels, chances in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
+            found = [(namer.classes[label], chance) for label, chance in zip(labels, chances, strict=True)]
+            names.append(name)
+            rows.append((-1, labels, chances[0]))
+            if args.json:
+                print(json.dumps({"picture": name, "classes": found}), flush=True)
+            elif not (args.predictions or args.features):
+                print("\n".join([printable(name), *(f"  {100 * chance:6.2f}%  {label}" for label, chance in found)]))
+    if args.predictions:
+        write_predictions(Path(args.predictions), rows, namer.classes, names)
+    if args.features:
+        write_features(Path(args.features), seen, names, [-1] * len(names), namer.classes)
+    if not args.json:
+        written = " and ".join(shown(Path(path)) for path in (args.predictions, args.features) if path)
+        print(f"{len(rows):,} pictures named{f', in {written}' if written else ''}")
+
+
+def write_features(path: Path, seen: list, names, labels, classes: list[str]) -> None:
+    """An .npz file: features (n, 4096) float32, what the last layer sees; labels, -1 where there is none; names, if
+    there are any; classes."""
+    content = {"features": torch.cat(seen).numpy(), "labels": np.array(labels), "classes": np.array(classes)}
+    with replacing(path) as file:
+        np.savez(file, **content, **({"names": np.array(names)} if names else {}))
+
+
+def draw_confusion(path: Path, rows: list, classes: list[str]) -> None:
+    """A PNG: a row for each true class, a column for each that its pictures were taken for, in percent of the row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.zeros((len(classes), len(classes)))
+    np.add.at(counts, ([row[0] for row in rows], [row[1][0] for row in rows]), 1)
+    shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    few = len(classes) <= 30  # more names and numbers could not be read
+    figure = Figure(figsize=(0.45 * len(classes) + 3,) * 2 if few else (9, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.set(xlabel="taken for", ylabel="class", title="percent of a class's pictures")
+    if few:
+        ticks = [printable(name).replace("$", r"\$") for name in classes]
+        axes.set_xticks(range(len(classes)), ticks, rotation=90)
+        axes.set_yticks(range(len(classes)), ticks)
+        for (true, taken), share in np.ndenumerate(shares):
+            if share >= 0.5:
+                axes.text(taken, true, f"{share:.0f}", ha="center", va="center", fontsize=8,
+                          color="white" if share > 50 else "black")
+    else:
+        figure.colorbar(image)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def printable(text: str) -> str:
+    """A name from a file, fit for a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def make_parser() -> Parser:
@@ -252,7 +304,8 @@ def make_parser() -> Parser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
     which.add_argument("--data", metavar="STORE", help="a store (default: what the checkpoint was trained on)")
-    which.add_argument("--images", nargs="+", metavar="PICTURE", help="name these pictures' classes instead")
+    which.add_argument("--images", nargs="+", metavar="PICTURE",
+                       help="name the classes of these pictures, or of all in these folders, instead")
     parser.add_argument("--split", choices=("test", "val"), help="default: test if there is one with labels, else val")
     parser.add_argument("--batch-size", type=whole(1), default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
@@ -262,6 +315,9 @@ def make_parser() -> Parser:
                         help="print one line of JSON and nothing else (with --images one a picture)")
     parser.add_argument("--per-class", action="store_true", help="print each class's error, too")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write what each picture was taken for")
+    parser.add_argument("--confusion", metavar="FILE.png", help="draw how often each class was taken for which")
+    parser.add_argument("--features", metavar="FILE.npz",
+                        help="write what the last layer sees of each picture, (n, 4096), with labels and names")
     return parser
 
 

@@ -219,6 +219,15 @@ def freeze(net: nn.Module, layer: str) -> None:
             module.requires_grad_(False)
 
 
+def watch_features(net: nn.Module) -> list[Tensor]:
+    """A list to which each forward pass from now on adds what the last layer sees, (n, 4096) float32 on the CPU: in
+    testing fc7's outputs after their activation, times 0.5 where dropout was the paper's."""
+    seen = []
+    last = net.get_submodule(LAYERS["fc8"] if net.config.get("net") == "torchvision" else "fc8")
+    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    return seen
+
+
 def _rows_of(checkpoint: dict, classes: list[str], wnids: list[str] | None) -> list[int] | None:
     """Which row of the checkpoint's last layer each class has; None where the classes are others."""
     for theirs, ours in ((checkpoint["wnids"], wnids), (checkpoint["classes"], classes)):

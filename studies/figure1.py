@@ -167,8 +167,9 @@ def report(args) -> str:
     if not ratios:
         return "\n".join([*said, "no ratio: it takes a seed with which both got there"])
     width = f" ± {interval(ratios)[1]:.2f} (95% interval)" if len(ratios) > 2 else ""
-    return "\n".join([*said, f"ReLU is {statistics.mean(ratios):.2f}{width} times as fast over {len(ratios)} seeds with "
-                      "which both got there (paper: six times)"])
+    said.append(f"ReLU is {statistics.mean(ratios):.2f}{width} times as fast over {len(ratios)} seeds with which both "
+                "got there (paper: six times)")
+    return "\n".join(said)
 
 
 def outcome(entry: dict) -> str:

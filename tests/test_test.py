@@ -102,6 +102,85 @@ def test_single_pictures(run_folder, store, tmp_path, capsys):
             test.main([str(run_folder / "best.pt"), "--images", str(tmp_path / name)])
 
 
+def test_folders_of_pictures_are_named_in_batches(run_folder, tmp_path, capsys):
+    """Whatever the batch, as one by one; what can't be read is told, counted and left out; CSV, JSON and features."""
+    photos = tmp_path / "photos"
+    (photos / "deep" / "er").mkdir(parents=True)
+    for number in range(7):
+        picture = Image.effect_noise((120 + number, 90), 60).convert("RGB")
+        picture.save(photos / ("deep/er" if number % 2 else ".") / f"{number}.png")
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8 no more")
+    (photos / "notes.txt").touch()
+    best = str(run_folder / "best.pt")
+    wanted = ["0.png", "2.png", "4.png", "6.png", "deep/er/1.png", "deep/er/3.png", "deep/er/5.png"]
+    test.main([best, "--images", str(photos), "--json", "--batch-size", "3"])
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["picture"] for line in lines] == [str(photos / name) for name in wanted]
+    assert "skipped: " in err
+    assert "broken.jpg cannot be read as a picture" in err
+    assert "1 of 8 pictures could not be read" in err
+    assert "1 files are not named like pictures" in err
+    test.main([best, best, "--images", *(str(photos / name) for name in wanted), "--json", "--ten-crop"])
+    both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["picture"] for line in both] == [line["picture"] for line in lines]
+    table, arrays = tmp_path / "p.csv", tmp_path / "f.npz"
+    test.main([best, "--images", str(photos), "--predictions", str(table), "--features", str(arrays)])
+    assert f"7 pictures named, in {table} and {arrays}" in capsys.readouterr().out
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["picture"] for row in rows] == [line["picture"] for line in lines]
+    assert [row["predicted_1"] for row in rows] == [line["classes"][0][0] for line in lines]
+    with np.load(arrays) as content:
+        model, prepare = checkpoints.load_model(best)
+        pictures = [Image.open(name) for name in content["names"]]
+        with torch.no_grad():
+            np.testing.assert_allclose(content["features"], model.features(prepare(pictures)), rtol=1e-4, atol=1e-4)
+            chances = model(prepare(pictures)).softmax(1)
+        assert content["labels"].tolist() == [-1] * 7
+    for line, row in zip(lines, chances, strict=True):
+        assert line["classes"][0] == [model.classes[row.argmax()], pytest.approx(row.max().item(), abs=1e-5)]
+
+
+def test_folders_without_pictures_are_one_line(run_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    best = str(run_folder / "best.pt")
+    with pytest.raises(UserError, match=r"empty holds no pictures \(.bmp"):
+        test.main([best, "--images", str(tmp_path / "empty")])
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"none of 2 pictures can be read; .*a.jpg cannot be read"):
+        test.main([best, "--images", str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")])
+
+
+def test_features_and_confusion_of_a_data_set(run_folder, store, tmp_path, capsys):
+    arrays, picture = tmp_path / "f.npz", tmp_path / "c.png"
+    test.main([str(run_folder / "best.pt"), "--features", str(arrays), "--confusion", str(picture)])
+    model, _ = checkpoints.load_model(run_folder / "best.pt")
+    images, labels = store.split("test").read(np.arange(30))
+    mean = torch.load(run_folder / "best.pt", weights_only=True)["mean"].numpy()
+    inputs = torch.from_numpy((images - mean)[:, 4:68, 4:68].transpose(0, 3, 1, 2)).float()
+    with np.load(arrays) as content, torch.no_grad():
+        np.testing.assert_allclose(content["features"], model.features(inputs), rtol=1e-4, atol=1e-3)
+        assert content["labels"].tolist() == labels.tolist()
+        assert content["classes"].tolist() == store.classes
+    assert Image.open(picture).size[0] > 200
+
+
+def test_confusion_counts_by_row(tmp_path, monkeypatch):
+    """Shares are of a class's own pictures; many classes have no names and numbers."""
+    import matplotlib.axes
+
+    drawn = []
+    real = matplotlib.axes.Axes.imshow
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda self, x, **k: drawn.append(x) or real(self, x, **k))
+    rows = [(0, [0, 1], 0.9)] * 3 + [(0, [1, 0], 0.9)] + [(1, [1, 0], 0.9)]
+    test.draw_confusion(tmp_path / "c.png", rows, ["$a_b$", "<b>\x1b[31m"])
+    assert drawn[0].tolist() == [[75, 25], [0, 100]]
+    test.draw_confusion(tmp_path / "c.png", rows, [str(n) for n in range(200)])
+    assert drawn[1].shape == (200, 200)
+
+
 def test_what_does_not_fit_is_refused(run_folder, tmp_path):
     three = pack.pack(small_source(classes=3), tmp_path / "three")
     best = str(run_folder / "best.pt")
@@ -122,6 +201,10 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
         ([best, "--data", str(tmp_path)], "is not a store"),
         ([best, "--predictions", "nowhere/p.csv"], "no such folder"),
         ([best, "--images", "cat.jpg", "--per-class"], "go with a data set"),
+        ([best, "--images", "cat.jpg", "--confusion", "c.png"], "go with a data set"),
+        ([best, "--features", "f.npz", "--ten-crop"], "of one net and centre crops"),
+        ([best, best, "--features", "f.npz"], "of one net and centre crops"),
+        ([best, "--features", str(tmp_path / "f.safetensors")], "that is what a checkpoint is called"),
         ([best, "--predictions", best], "that is what a checkpoint is called"),
     ):
         with pytest.raises(UserError, match=message):
