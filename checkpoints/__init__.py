@@ -3,6 +3,8 @@
 This is the one place that knows kinds of nets: AlexNet, and the nets of converted weights, Caffe's and torchvision's.
 """
 
+import importlib.util
+import json
 import pickle
 import warnings
 from functools import partial
@@ -40,20 +42,12 @@ def newest(name: str) -> Path | None:
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> dict:
-    """A checkpoint of train.py or checkpoints.convert as a dict. Only plain values and tensors are read, never
-    code. Raises UserError for a file that is missing, damaged or something else."""
+    """A checkpoint of train.py, checkpoints.convert or checkpoints.export (.safetensors) as a dict. Only plain values
+    and tensors are read, never code. Raises UserError for a file that is missing, damaged or something else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
-    except Exception as error:  # torch's reader raises nearly anything on files of other kinds
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"{path}: {device} has too little free memory to load it") from None
-        raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
+    checkpoint = _read_safetensors(path, device) if path.suffix == ".safetensors" else _read_pt(path, device)
     missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
@@ -61,6 +55,39 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
     if wrong:
         raise UserError(f"{path} is no checkpoint of this project, or was changed: its {wrong} cannot be right")
     return checkpoint
+
+
+def _read_pt(path: Path, device) -> dict:
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is for ONNX Runtime and the like; here take the checkpoint that it was made of")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
+            return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
+    except Exception as error:  # torch's reader raises nearly anything on files of other kinds
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"{path}: {device} has too little free memory to load it") from None
+        raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
+
+
+def _read_safetensors(path: Path, device) -> dict:
+    needs_package("safetensors")
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            checkpoint = json.loads(file.metadata()["alexnet"])
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        return dict(checkpoint) | {"mean": tensors.pop("mean"), "model": tensors, "store": ""}
+    except Exception as error:  # of its own kinds; and what a header of another kind brings about
+        raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
+
+
+def needs_package(name: str) -> None:
+    """Raise UserError where an optional package is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"this needs the package {name}: pip install -r checkpoints/requirements.txt")
 
 
 def _wrong_entry(c: dict) -> str | None:

@@ -1,0 +1,223 @@
+"""checkpoints/export.py: files for other programs give what the net gives, and say nothing of this machine."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image
+
+import checkpoints
+import test
+import train
+from checkpoints import export, load_checkpoint, load_model
+from data.pictures import WARPED
+from model import AlexNet
+from utils import UserError
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("safetensors")
+
+NETS = {
+    "one column": {}, "two columns": {"columns": 2}, "the 2012 order": {"columns": 2, "order": "2012"},
+    "across": {"columns": 2, "lrn_across": True, "lrn_k": 1.0}, "frelu": {"activation": "frelu"},
+    "srelu": {"activation": "srelu"}, "prelu": {"activation": "prelu"}, "no lrn": {"lrn": False},
+    "no overlap": {"overlapping_pool": False},
+}
+
+
+def checkpoint_of(net, path, grey=False, **more):
+    """A checkpoint of a net with weights large enough for its outputs to differ."""
+    size, classes = net.config["image_size"], net.config["num_classes"]
+    stored = size * 9 // 8
+    content = {
+        "model": net.state_dict(), "config": net.config, "classes": [f"<b>class {n}</b>" for n in range(classes)],
+        "wnids": None, "mean": 120 + 20 * torch.rand(stored, stored, 1 if grey else 3), "store_size": stored,
+        "resize": "shorter side, antialiased bilinear, centre", "image_size": size, "epoch": 1, "step": 1, "best": 1.0,
+        "dataset": "x", "store": "",
+    }
+    torch.save(content | more, path)
+    return path
+
+
+def lively(net):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("fc8.weight") or name.endswith("classifier.6.weight"):
+                parameter.mul_(30)
+    return net
+
+
+def outputs(path, pictures):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["probabilities"], {"pictures": pictures})[0]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_onnx_gives_the_nets_probabilities(name, tmp_path, capsys):
+    """Of every kind of net, at any batch size; LRN is ONNX's own operator, once a column."""
+    net = lively(AlexNet(5, image_size=64, **NETS[name]))
+    path = checkpoint_of(net, tmp_path / "net.pt")
+    assert export.main([str(path), str(tmp_path / "net.onnx")]) == 0
+    assert "checked in ONNX Runtime" in capsys.readouterr().out
+    model, prepare = load_model(path)
+    for count in (1, 7):
+        squares = np.random.default_rng(count).integers(0, 256, (count, 72, 72, 3), np.uint8)
+        with torch.no_grad():
+            right = model(prepare([Image.fromarray(s) for s in squares])).softmax(1).numpy()
+        found = outputs(tmp_path / "net.onnx", np.ascontiguousarray(squares[:, 4:68, 4:68]))
+        np.testing.assert_allclose(found, right, atol=1e-5)
+        assert (found.argmax(1) == right.argmax(1)).all()
+    operators = [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
+    columns = 1 if net.config["lrn_across"] else net.config["columns"]
+    assert operators.count("LRN") == (2 * columns if net.config["lrn"] else 0)
+
+
+def test_onnx_of_grey_nets_and_of_torchvisions(tmp_path):
+    """A grey net takes RGB, and turns it grey as Pillow does."""
+    path = checkpoint_of(lively(AlexNet(3, image_size=64)), tmp_path / "grey.pt", grey=True)
+    export.main([str(path), str(tmp_path / "grey.onnx")])
+    squares = np.random.default_rng(0).integers(0, 256, (9, 72, 72, 3), np.uint8)
+    model, prepare = load_model(path)
+    with torch.no_grad():
+        right = model(prepare([Image.fromarray(s) for s in squares])).softmax(1).numpy()
+    found = outputs(tmp_path / "grey.onnx", np.ascontiguousarray(squares[:, 4:68, 4:68]))
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    torch.manual_seed(0)
+    net = lively(checkpoints.torchvision_net(4, 224))
+    path = checkpoint_of(net, tmp_path / "tv.pt")
+    export.main([str(path), str(tmp_path / "tv.onnx")])
+    squares = np.random.default_rng(0).integers(0, 256, (2, 252, 252, 3), np.uint8)
+    model, prepare = load_model(path)
+    with torch.no_grad():
+        right = model(prepare([Image.fromarray(s) for s in squares])).softmax(1).numpy()
+    found = outputs(tmp_path / "tv.onnx", np.ascontiguousarray(squares[:, 14:238, 14:238]))
+    np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+def test_onnx_says_how_to_use_it_and_nothing_of_this_machine(run_folder, store, tmp_path):
+    export.main([str(run_folder / "best.pt"), str(tmp_path / "net.onnx")])
+    about = onnxruntime.InferenceSession(tmp_path / "net.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == store.classes
+    assert (about["store_size"], about["image_size"]) == ("72", "64")
+    assert about["resize"] == store.manifest["resize"]
+    model = onnx.load(tmp_path / "net.onnx")
+    onnx.checker.check_model(model)
+    for weights in model.graph.initializer:
+        weights.raw_data = b""
+    content = model.SerializeToString()
+    assert not [word for word in (str(ROOT).encode(), b"/", b".py") if word in content]
+
+
+def test_a_file_that_differs_is_not_written(run_folder, tmp_path, monkeypatch):
+    real = export.OnnxLRN.__init__
+
+    def louder(self, plain):
+        real(self, plain)
+        self.numbers["alpha"] *= 50
+
+    monkeypatch.setattr(export.OnnxLRN, "__init__", louder)
+    with pytest.raises(UserError, match="away from the net's; nothing was written"):
+        export.main([str(run_folder / "best.pt"), str(tmp_path / "net.onnx")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_come_back_to_the_bit(run_folder, store, tmp_path, capsys):
+    out = tmp_path / "net.safetensors"
+    export.main([str(run_folder / "best.pt"), str(out)])
+    before, after = load_checkpoint(run_folder / "best.pt"), load_checkpoint(out)
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"] | after["model"])
+    assert torch.equal(before["mean"], after["mean"])
+    same = set(checkpoints.KEYS) - {"model", "mean", "store"}
+    assert {key: before[key] for key in same} == {key: after[key] for key in same}
+    results = []
+    for path in (run_folder / "best.pt", out):
+        capsys.readouterr()
+        test.main([str(path), "--data", str(store.path), "--json"])
+        results.append(json.loads(capsys.readouterr().out)["loss"])
+    assert results[0] == results[1]
+    train.main(["--data", str(store.path), "--init", str(out), "--max-steps", "1", "--out", str(tmp_path / "run")])
+    assert str(store.path.parent).encode() not in out.read_bytes()[:4000]  # where the store was is nobody's business
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged"), (b"\x00" * 7, "is damaged"), (struct.pack("<Q", 2**62) + b"{}", "is damaged"),
+        (struct.pack("<Q", 2) + b"{}", "is damaged"), (struct.pack("<Q", 5) + b"hello", "is damaged"),
+    ],
+)
+def test_safetensors_of_other_kinds_are_one_line(content, message, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_headers_that_lie_are_one_line(run_folder, tmp_path):
+    """A metadata entry of another kind, a config that fits no weights, a mean of another size."""
+    from safetensors.torch import load_file, save_file
+
+    export.main([str(run_folder / "best.pt"), str(tmp_path / "good.safetensors")])
+    tensors = load_file(tmp_path / "good.safetensors")
+    about = {k: v for k, v in load_checkpoint(run_folder / "best.pt").items() if k not in ("model", "mean", "store")}
+    for number, (change, message) in enumerate([
+        ({"classes": "cat"}, "its classes cannot be right"), ({"resize": "folded"}, "its resize cannot be right"),
+        ({"config": about["config"] | {"columns": 2}}, "the weights do not fit the net"),
+        ({"store_size": 71}, "its mean cannot be right"), ({"config": None}, "its config cannot be right"),
+    ]):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path, {"alexnet": json.dumps(about | change)})
+        with pytest.raises(UserError, match=message):
+            load_model(path)
+    save_file(tensors, tmp_path / "a.safetensors", {"alexnet": "[1, 2]"})
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(tmp_path / "a.safetensors")
+
+
+def test_what_cannot_be_written_is_one_line(run_folder, tmp_path, monkeypatch):
+    best = str(run_folder / "best.pt")
+    for arguments, message in (
+        ([best, "net.pb"], r"has to end with .onnx or .safetensors"), ([best, "/nowhere/net.onnx"], "no such folder"),
+        (["nowhere.pt", str(tmp_path / "net.onnx")], "no such checkpoint"),
+        ([best, "/dev/full.onnx"], "could not be written"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.main(arguments) if "full" not in arguments[1] else full_disk(arguments, tmp_path)
+    (tmp_path / "net.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match="is for ONNX Runtime and the like"):
+        test.main([str(tmp_path / "net.onnx")])
+    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
+    for name in ("net.onnx", "net.safetensors"):
+        with pytest.raises(UserError, match=r"needs the package \w+: pip install -r checkpoints/requirements.txt"):
+            export.main([best, str(tmp_path / name)])
+
+
+def full_disk(arguments, tmp_path):
+    """A file system without room: nothing of the file stays."""
+    script = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000000, 1000000)); "
+        "from checkpoints import export; import utils, sys; sys.argv = ['x', *sys.argv[1:]]; "
+        "utils.run_script(export.main)"
+    )
+    out = tmp_path / "full" / "net.onnx"
+    out.parent.mkdir()
+    command = [sys.executable, "-c", script, arguments[0], str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert not list(out.parent.iterdir())
+    raise UserError(done.stderr)
+
+
+def test_a_warped_picture_is_said_to_be_warped(tmp_path):
+    path = checkpoint_of(lively(AlexNet(3, image_size=64)), tmp_path / "net.pt", resize=WARPED)
+    export.main([str(path), str(tmp_path / "net.onnx")])
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    assert session.get_modelmeta().custom_metadata_map["resize"] == WARPED
