@@ -4,11 +4,14 @@
         [--only WORD ...] [--device auto] [--json]
 
 This repository (what test.py runs: uint8 pictures, mean, crops, net, softmax outputs averaged over views) against the
-usual module of benchmarks.step, eager and compiled, contiguous and channels_last, and torchvision's alexnet, another
-net. The peers are given float pictures, mean subtracted, and put a picture's ten crops into one batch. With --precision
-bf16 all run under autocast. All take turns in one process, in inference mode, with pages of 2 MB.
+usual module of benchmarks.step, eager and compiled, contiguous and channels_last, torchvision's alexnet, another net,
+and this repository's net in ONNX Runtime, as checkpoints.export writes it (fp32 on a CPU, where its packages are
+installed). The peers put a picture's ten crops into one batch; all but ONNX Runtime are given float pictures, mean
+subtracted. With --precision bf16 all run under autocast. All take turns in one process, in inference mode, with pages
+of 2 MB.
 """
 
+import functools
 import json
 
 import torch
@@ -16,11 +19,12 @@ import torch
 import utils
 from benchmarks.step import make_net
 from benchmarks.timing import add_net_options, add_options, chosen, interleaved, machine, milliseconds, pictures
+from checkpoints import export
 from data.augment import Augment
 from kernels import accelerate
-from utils import Parser, run_script, whole
+from utils import Parser, UserError, run_script, whole
 
-THIS, USUAL = "this", "usual module"
+THIS, USUAL, ONNX = "this", "usual module", "ONNX Runtime"
 FORMS = {  # net, compiled, channels_last
     THIS: ("fast", False, True),
     f"{THIS}, --kernels off": ("plain", False, True),
@@ -29,6 +33,7 @@ FORMS = {  # net, compiled, channels_last
     f"{USUAL}, torch.compile": ("usual", True, False),
     f"{USUAL}, channels_last, torch.compile": ("usual", True, True),
     "torchvision's alexnet (another net)": ("torchvision", False, True),
+    ONNX: ("plain", False, False),
 }
 PROTOCOLS = {"center": False, "ten-crop": True}
 
@@ -67,11 +72,13 @@ def race(nets: dict, batch: int, ten_crop: bool, args, device: torch.device) -> 
     torch.compiler.reset()  # each shape is compiled for itself; torch gives up after eight of them
     for name, (net, layout, compiled) in nets.items():
         net = torch.compile(net, dynamic=False) if compiled else net
-        if name.startswith(THIS):
-            work = ours(net, augment, raw, ten_crop, args.precision)
-        else:
-            work = theirs(net, floats.contiguous(memory_format=layout), ten_crop, args)
         try:
+            if name.startswith(THIS):
+                work = ours(net, augment, raw, ten_crop, args.precision)
+            elif name == ONNX:
+                work = in_onnx_runtime(net, raw, ten_crop, args, device)
+            else:
+                work = theirs(net, floats.contiguous(memory_format=layout), ten_crop, args)
             work()
             calls[name] = work
         except Exception as error:  # no compiler, not for this dtype: the others go on
@@ -106,6 +113,31 @@ def theirs(net, images: torch.Tensor, ten_crop: bool, args):
             return net(torch.cat(crops)).float().softmax(1).view(len(crops), len(images), -1).mean(0)
 
     return work
+
+
+def in_onnx_runtime(net, images: torch.Tensor, ten_crop: bool, args, device: torch.device):
+    from torchvision.transforms.v2 import functional
+
+    if device.type != "cpu" or args.precision != "fp32":
+        raise UserError("in fp32 on a CPU only")
+    run, planes = onnx_runner(net, args.size), images.permute(0, 3, 1, 2)
+
+    def work() -> torch.Tensor:
+        if not ten_crop:
+            crops = [functional.center_crop(planes, [args.size])]
+        else:
+            crops = functional.ten_crop(planes, [args.size])
+        pictures = torch.cat(list(crops)).permute(0, 2, 3, 1).contiguous()
+        return torch.from_numpy(run(pictures)).view(len(crops), len(images), -1).mean(0)
+
+    return work
+
+
+@functools.cache
+def onnx_runner(net, size: int):
+    about = {"classes": [], "resize": "", "store_size": size, "image_size": size}
+    whole_net = export.Whole(net, torch.full((size, size, 3), 128.0), size).eval()
+    return export.runner(export.exported(whole_net, about))
 
 
 def report(result: dict) -> str:

@@ -94,7 +94,7 @@ def to_onnx(checkpoint: dict, path) -> tuple[bytes, str]:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         needs_package(name)
     net = Whole(build_net(checkpoint, path), checkpoint["mean"], checkpoint["image_size"]).eval()
-    content = _exported(net, checkpoint)
+    content = exported(net, checkpoint)
     pictures = torch.from_numpy(np.random.default_rng(0).integers(
         0, 256, (CHECKED, checkpoint["image_size"], checkpoint["image_size"], 3), np.uint8
     ))
@@ -105,7 +105,8 @@ def to_onnx(checkpoint: dict, path) -> tuple[bytes, str]:
     return content, f"checked in ONNX Runtime: probabilities within {difference:.1g} of the net's"
 
 
-def _exported(net: Whole, checkpoint: dict) -> bytes:
+def exported(net: Whole, checkpoint: dict) -> bytes:
+    """The file's bytes. checkpoint: its classes, resize, store_size and image_size."""
     net = copy.deepcopy(net)
     for parent in list(net.modules()):
         for name, layer in list(parent.named_children()):
@@ -142,14 +143,19 @@ def _strip(model) -> None:
     model.doc_string = graph.doc_string = ""
 
 
-def compare(net: Whole, content: bytes, pictures: Tensor) -> float:
-    """The largest difference of the file's probabilities from the net's; infinite where another class is first."""
+def runner(content: bytes):
+    """A function from uint8 pictures (n, S, S, 3), a tensor, to ONNX Runtime's probabilities (n, classes), an array."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    (found,) = session.run(["probabilities"], {"pictures": pictures.numpy()})
+    return lambda pictures: session.run(["probabilities"], {"pictures": pictures.numpy()})[0]
+
+
+def compare(net: Whole, content: bytes, pictures: Tensor) -> float:
+    """The largest difference of the file's probabilities from the net's; infinite where another class is first."""
+    found = runner(content)(pictures)
     with torch.no_grad():
         right = net(pictures).numpy()
     same = found.shape == right.shape and (found.argmax(1) == right.argmax(1)).all()

@@ -5,6 +5,7 @@ import re
 import sys
 import tarfile
 from argparse import Namespace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -138,6 +139,10 @@ def test_infer(capsys):
         mine = infer.ours(net, augment, raw.permute(0, 2, 3, 1), ten_crop, "fp32")()
         same = infer.theirs(net, raw.float() - 128, ten_crop, Namespace(size=64, precision="fp32"))()
         torch.testing.assert_close(mine.float(), same, rtol=1e-4, atol=1e-6)
+        if find_spec("onnxruntime") and find_spec("onnxscript"):
+            args = Namespace(size=64, precision="fp32")
+            found = infer.in_onnx_runtime(net, raw.permute(0, 2, 3, 1), ten_crop, args, torch.device("cpu"))()
+            torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-6)
 
 
 def test_the_operations_of_a_step_are_counted_as_by_hand():
