@@ -149,6 +149,7 @@ def runner(content: bytes):
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads stay busy after a run
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda pictures: session.run(["probabilities"], {"pictures": pictures.numpy()})[0]
 
