@@ -29,6 +29,7 @@ from checkpoints.run import (
     Training,
     append_line,
     environment,
+    keep_kernels,
     load_last,
     plot_curves,
     read_log,
@@ -225,8 +226,8 @@ def watch_activations(net: torch.nn.Module, watch: "Watch") -> dict[str, float]:
 def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
     """Log, and where the epoch is whole: move the schedule. Write the checkpoints."""
     args, state, schedule = run.args, run.state, run.schedule
-    better = False
-    if state.step_in_epoch == run.steps_per_epoch:
+    better, whole = False, state.step_in_epoch == run.steps_per_epoch
+    if whole:
         better = schedule.update(entry["val_top1_error"], entry["epoch"])
         set_rate(run.optimizer, schedule.lr)
         state.epoch, state.step_in_epoch, state.loss_sum, state.wrong = state.epoch + 1, 0, 0.0, 0.0
@@ -234,6 +235,8 @@ def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
     watch.say(summary(run, entry))
     if watch.rank == 0:
         append_line(args.out / "log.jsonl", entry)
+        if whole:
+            keep_kernels(run)
         if better or not (args.out / "best.pt").exists():
             save_best(run)
         save_last(run)

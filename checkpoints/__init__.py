@@ -235,6 +235,11 @@ def take_weights(net: nn.Module, checkpoint: dict, path: str | Path, classes: li
     return warning
 
 
+def layer_called(net: nn.Module, name: str) -> nn.Module:
+    """The layer of any kind of net that has the place of AlexNet's conv1 ... fc8."""
+    return net.get_submodule(LAYERS[name] if net.config.get("net") == "torchvision" else name)
+
+
 def freeze(net: nn.Module, layer: str) -> None:
     """Let a layer, called as AlexNet's is, and all before it keep what they have learnt: they get no gradients."""
     places = list(LAYERS.values() if net.config.get("net") == "torchvision" else LAYERS)
@@ -250,8 +255,7 @@ def watch_features(net: nn.Module) -> list[Tensor]:
     """A list to which each forward pass from now on adds what the last layer sees, (n, 4096) float32 on the CPU: in
     testing fc7's outputs after their activation, times 0.5 where dropout was the paper's."""
     seen = []
-    last = net.get_submodule(LAYERS["fc8"] if net.config.get("net") == "torchvision" else "fc8")
-    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    layer_called(net, "fc8").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
     return seen
 
 

@@ -1,4 +1,5 @@
-"""A run of train.py: what it is made of, and its folder: config.json, log.jsonl, last.pt, best.pt, curves.png."""
+"""A run of train.py: what it is made of, and its folder: config.json, log.jsonl, last.pt, best.pt, conv1.npy,
+curves.png."""
 
 import fcntl
 import itertools
@@ -16,12 +17,13 @@ import torch
 from torch import nn
 
 import checkpoints
-from checkpoints import load_checkpoint
+from checkpoints import layer_called, load_checkpoint
 from data.store import Store
 from recipe import Schedule
 from utils import UserError, one_line, replacing, save_checkpoint, write_text
 
 ROOT = checkpoints.FOLDER.parent
+KERNELS = "conv1.npy"
 
 
 @dataclass
@@ -108,10 +110,12 @@ def run_folder(run: Training, device: torch.device, rank: int, world: int):
                     "store": portable(run.store.path), "fingerprint": run.store.fingerprint, "processes": world,
                     "kernels": run.kernels, **environment(device),
                 })
+                keep_kernels(run)
                 save_last(run)  # so that --resume works from the first moment on
         except UserError:  # a full disk: a new run leaves nothing behind
             if not run.args.resume:
-                (out / "config.json").unlink(missing_ok=True)
+                for name in ("config.json", KERNELS):
+                    (out / name).unlink(missing_ok=True)
             if made:
                 out.rmdir()
             raise
@@ -188,6 +192,18 @@ def checkpoint(run: Training) -> dict:
         "step": run.state.step, "best": run.schedule.best, "dataset": run.store.name,
         "store": portable(run.store.path),
     }
+
+
+def keep_kernels(run: Training) -> None:
+    """Add conv1's weights as they are now to conv1.npy, (epochs + 1, kernels, 3, k, k) float16: those at the start, and
+    after each epoch. What is there of later epochs, of a run that was resumed, goes."""
+    now = layer_called(run.net, "conv1").weight.detach().cpu().to(torch.float16).numpy()[None]
+    before = np.empty((0, *now.shape[1:]), np.float16)
+    if run.state.epoch:
+        with suppress(OSError, ValueError, EOFError):  # missing or damaged: from here on
+            before = np.load(run.args.out / KERNELS, allow_pickle=False)[: run.state.epoch]
+    with replacing(run.args.out / KERNELS) as file:
+        np.save(file, np.concatenate([before, now]))
 
 
 def save_best(run: Training) -> None:

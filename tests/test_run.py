@@ -16,6 +16,7 @@ from helpers import ROOT, assert_same_state, command, environment, load, numbers
 
 import checkpoints
 import train
+import utils
 from checkpoints import run as runs
 from checkpoints.run import claim_folder, locked
 from data import pack
@@ -35,7 +36,7 @@ def test_stop_and_resume_equals_an_unbroken_run(store, ten_steps, tmp_path, stop
 
 
 def test_what_a_run_leaves_behind(store, run_folder):
-    files = ["best.pt", "config.json", "curves.png", "last.pt", "log.jsonl"]
+    files = ["best.pt", "config.json", "conv1.npy", "curves.png", "last.pt", "log.jsonl"]
     assert sorted(p.name for p in run_folder.iterdir()) == files
     (entry,) = runs.read_log(run_folder / "log.jsonl")
     assert set(entry) == {
@@ -237,3 +238,24 @@ def test_environment_names_versions_and_hardware():
     assert found["torch"] == torch.__version__
     assert found["device"]
     assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", found["commit"])
+
+
+def test_conv1_is_kept_at_the_start_and_after_each_epoch(store, tmp_path):
+    """Also of a run that was stopped in mid-epoch and resumed, whatever became of the file; not of half an epoch."""
+    run(store, tmp_path / "whole", "--epochs", "3")
+    kept = np.load(tmp_path / "whole" / "conv1.npy")
+    assert (kept.shape, kept.dtype) == ((4, 96, 3, 11, 11), np.float16)
+    start = AlexNet(4, image_size=64)
+    utils.seed_all(0)
+    start.init_weights("2012")
+    np.testing.assert_array_equal(kept[0], start.conv1.weight.detach().half().numpy())
+    last = load(tmp_path / "whole" / "last.pt")["model"]["conv1.weight"]
+    np.testing.assert_array_equal(kept[3], last.half().numpy())
+    run(store, tmp_path / "parts", "--epochs", "3", "--max-steps", "8")  # an epoch has six
+    assert len(np.load(tmp_path / "parts" / "conv1.npy")) == 2
+    resume(tmp_path / "parts", "--max-steps", "100")
+    np.testing.assert_array_equal(np.load(tmp_path / "parts" / "conv1.npy"), kept)
+    run(store, tmp_path / "lost", "--epochs", "3", "--max-steps", "8")
+    (tmp_path / "lost" / "conv1.npy").write_bytes(b"\x93NUMPY")
+    resume(tmp_path / "lost", "--max-steps", "100")
+    assert len(np.load(tmp_path / "lost" / "conv1.npy")) == 2  # from there on
