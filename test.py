@@ -55,7 +55,8 @@ def main(argv=None) -> int:
     if args.predictions:
         write_predictions(Path(args.predictions), rows, store.classes, names)
     if args.confusion:
-        draw_confusion(Path(args.confusion), rows, store.classes)
+        with replacing(Path(args.confusion)) as file:
+            confusion_figure(rows, store.classes).savefig(file, format="png", dpi=100)
     if args.features:
         write_features(Path(args.features), seen, names, [row[0] for row in rows], store.classes)
     return 0
@@ -262,8 +263,8 @@ def write_features(path: Path, seen: list, names, labels, classes: list[str]) ->
         np.savez(file, **content, **({"names": np.array(names)} if names else {}))
 
 
-def draw_confusion(path: Path, rows: list, classes: list[str]) -> None:
-    """A PNG: a row for each true class, a column for each that its pictures were taken for, in percent of the row."""
+def confusion_figure(rows: list, classes: list[str]):
+    """A row for each true class, a column for each that its pictures were taken for, in percent of the row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -286,8 +287,7 @@ def draw_confusion(path: Path, rows: list, classes: list[str]) -> None:
                           color="white" if share > 50 else "black")
     else:
         figure.colorbar(image)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    return figure
 
 
 def printable(text: str) -> str:

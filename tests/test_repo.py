@@ -51,7 +51,7 @@ def test_imports_run_one_way(path):
     if name == "studies":
         # What several studies share is no study.
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        shared = {"studies.common", "studies.loop", "studies.networks", "studies.fourlayer", "studies.half"}
+        shared = {f"studies.{name}" for name in ("common", "loop", "networks", "fourlayer", "half", "look")}
         apart = {m for m in modules if m.startswith("studies.")} - shared
         assert not apart, f"{path} imports {apart}"
     assert ast.get_docstring(tree), f"{path} has no docstring"

@@ -175,9 +175,9 @@ def test_confusion_counts_by_row(tmp_path, monkeypatch):
     real = matplotlib.axes.Axes.imshow
     monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda self, x, **k: drawn.append(x) or real(self, x, **k))
     rows = [(0, [0, 1], 0.9)] * 3 + [(0, [1, 0], 0.9)] + [(1, [1, 0], 0.9)]
-    test.draw_confusion(tmp_path / "c.png", rows, ["$a_b$", "<b>\x1b[31m"])
+    test.confusion_figure(rows, ["$a_b$", "<b>\x1b[31m"]).savefig(tmp_path / "c.png")
     assert drawn[0].tolist() == [[75, 25], [0, 100]]
-    test.draw_confusion(tmp_path / "c.png", rows, [str(n) for n in range(200)])
+    test.confusion_figure(rows, [str(n) for n in range(200)]).savefig(tmp_path / "c.png")
     assert drawn[1].shape == (200, 200)
 
 
