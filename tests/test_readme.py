@@ -22,7 +22,8 @@ ROOT = Path(train.__file__).parent
 SETUP = "pip install -r requirements.txt && "
 PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
-    "studies.report": "studies.report", "studies.published": "studies.published", "studies.cifar2012": "studies.cifar2012",
+    "studies.report": "studies.report",
+    "studies.published": "studies.published", "studies.cifar2012": "studies.cifar2012",
     "studies.figure1": "studies.figure1",
     "studies.frelu": "studies.frelu", "studies.figures": "studies.figures",
     "benchmarks.step": "benchmarks.step", "benchmarks.lrn": "benchmarks.lrn",
