@@ -207,36 +207,35 @@ def curves(run: Run) -> str:
     """Loss, error, learning rate, and what activations have learnt, over epochs."""
     if not run.log:
         raise LeftOut("there is no finished epoch in log.jsonl")
-    learnt = run.log[-1].get("activations", {})
-    figure = new_figure(10, 6.4 if learnt else 3.3)
-    panels = figure.subplots(2 if learnt else 1, 3, squeeze=False)
+    both = ("training (dropout, crops)", "validation")
+    panels = [
+        ("loss", {name: [e[f"{key}_loss"] for e in run.log] for name, key in zip(both, ("train", "val"), strict=True)}),
+        ("top-1 error (%)",
+         {name: [e[f"{key}_top1_error"] for e in run.log] for name, key in zip(both, ("train", "val"), strict=True)}),
+        ("learning rate", {"": [e["lr"] for e in run.log]}),
+    ]
+    if learnt := run.log[-1].get("activations"):
+        panels.append(("what each activation learnt",
+                       {name: [e.get("activations", {}).get(name) for e in run.log] for name in learnt}))
     epochs = [entry["epoch"] for entry in run.log]
     drops = [b["epoch"] - 0.5 for a, b in zip(run.log, run.log[1:], strict=False) if b["lr"] < a["lr"]]
-    for axes, label, keys in (
-        (panels[0, 0], "loss", ("train_loss", "val_loss")),
-        (panels[0, 1], "top-1 error (%)", ("train_top1_error", "val_top1_error")),
-    ):
-        for key, style, name in zip(keys, ("o--", "s-"), ("training (dropout, crops)", "validation"), strict=True):
-            axes.plot(epochs, [entry[key] for entry in run.log], style, ms=3, label=name)
-        axes.set(ylabel=label, ylim=(0, None))
-        axes.legend(fontsize=8)
-    panels[0, 2].step(epochs, [entry["lr"] for entry in run.log], where="mid")
-    panels[0, 2].set(ylabel="learning rate", yscale="log")
-    if learnt:
-        for name in learnt:
-            panels[1, 0].plot(epochs, [entry["activations"][name] for entry in run.log], ".-", label=name)
-        panels[1, 0].set(ylabel="what each activation learnt")
-        panels[1, 0].legend(fontsize=7)
-        for axes in panels[1, 1:]:
-            axes.remove()
-    for axes in panels[0] if not learnt else (*panels[0], panels[1, 0]):
+    images = []
+    for label, lines in panels:
+        figure = new_figure(3.6, 3.1)
+        axes = figure.subplots()
+        for (name, values), style in zip(lines.items(), ("o--", *["s-"] * len(lines)), strict=False):
+            axes.plot(epochs, values, style if len(lines) == 2 else ".-", ms=3, label=name)
         for drop in drops:
             axes.axvline(drop, color="0.6", ls=":")
-        axes.set(xlabel="epoch")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.set(yscale="log") if label == "learning rate" else axes.set(ylim=(0, None) if len(lines) == 2 else None)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize=7)
+        images.append(figure_of(run, f"curves-{len(images) + 1}", figure, f"{label} over epochs"))
     note = "Dotted: the learning rate fell." if drops else "The learning rate did not fall."
-    return figure_of(run, "curves", figure, "Loss, error and learning rate over epochs") + paragraph(note)
+    return f'<div class="row">{"".join(images)}</div>' + paragraph(note)
 
 
 # ---------------------------------------------------------------------------------------------- 3, 4: kernels

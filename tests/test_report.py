@@ -164,8 +164,8 @@ def test_the_page_of_a_run_has_test_pys_numbers(store, tmp_path, capsys):
     halves = np.split(model.conv1.weight.detach().numpy(), 2)
     assert ", ".join(f"{look.saturation(half):.2f}" for half in halves) in said
     assert text.count("data:image/webp") == 1
-    names = {"curves.png", "kernels-1.png", "kernels-2.png", "neighbours.png", "occlusion.png", "deletion.png",
-             "confusion.png", "reliability.png", "patches-conv5.png"}
+    names = {"curves-1.png", "curves-4.png", "kernels-1.png", "kernels-2.png", "neighbours.png", "occlusion.png",
+             "deletion.png", "confusion.png", "reliability.png", "patches-conv5.png"}
     assert names <= {p.name for p in (tmp_path / "figures").iterdir()}
     assert (out / "report.html").stat().st_size < 10e6
 
