@@ -27,6 +27,7 @@ from checkpoints.run import ROOT
 from data import sources
 from data.loader import Loader, default_workers
 from data.pack import named_store
+from data.pictures import printable
 from data.store import Store
 from kernels import accelerate
 from utils import Parser, UserError, replacing, run_script, shown, whole, write_text
@@ -228,7 +229,7 @@ def report(result: dict) -> str:
         line = f"  {entry['top1_error']:6.2f}% of {entry['images']:>5}  {entry['class']}"
         if "times" in entry:
             line += f" (most often taken for {entry['taken_for']}, {entry['times']}x)"
-        lines.append(line)
+        lines.append(printable(line))
     return "\n".join(lines)
 
 
@@ -245,7 +246,8 @@ def name_pictures(args, paths: list[Path], device) -> None:
             if args.json:
                 print(json.dumps({"picture": name, "classes": found}), flush=True)
             elif not (args.predictions or args.features):
-                print("\n".join([printable(name), *(f"  {100 * chance:6.2f}%  {label}" for label, chance in found)]))
+                likeliest = [f"  {100 * chance:6.2f}%  {printable(label)}" for label, chance in found]
+                print("\n".join([printable(name), *likeliest]))
     if args.predictions:
         write_predictions(Path(args.predictions), rows, namer.classes, names)
     if args.features:
@@ -288,11 +290,6 @@ def confusion_figure(rows: list, classes: list[str]):
     else:
         figure.colorbar(image)
     return figure
-
-
-def printable(text: str) -> str:
-    """A name from a file, fit for a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def make_parser() -> Parser:

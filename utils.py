@@ -42,7 +42,8 @@ def run_script(main) -> None:
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        print("error:", text if text.isprintable() else ascii(text)[1:-1], file=sys.stderr)
         status = 2
     except OSError as error:  # disk full, no permission, ...
         where = f"{error.filename}: " if error.filename else ""
@@ -131,11 +132,10 @@ def pick_device(name: str):
     """The torch.device for "auto", "cuda" or "cpu"; under torchrun each local process has its own GPU."""
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    cuda = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
 
 
 def no_tf32() -> None:

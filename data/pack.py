@@ -21,7 +21,7 @@ import utils
 from data import sources
 from data.encode import CHUNK, Moments, encode_chunk
 from data.job import Job, agree, forget_repaired, refuse_place, shard_name, tidy
-from data.pictures import SHORTER_SIDE, Files
+from data.pictures import SHORTER_SIDE, Files, printable
 from data.pool import in_order, start_pool
 from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, file_entry, names_file
 from data.trees import UNLABELLED, VAL
@@ -127,7 +127,7 @@ def pack(
         counts = ", ".join(f"{kind['count']:,} {word}" for word, kind in kinds.items())
         print(f"repaired in {split}: {counts}", flush=True)
     for line in about_classes(source):
-        print(line, flush=True)
+        print(printable(line), flush=True)
     return store
 
 

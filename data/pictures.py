@@ -34,6 +34,11 @@ MAX_BYTES = 2**28  # of a picture's file
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 
 
+def printable(name: str) -> str:
+    """A name from a disk, with escapes for what would do something to a terminal, a line or a page."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 @dataclass(frozen=True)
 class File:
     """A picture that is still a file, or a member of an uncompressed tar: `size` bytes from `offset` of `path`.
@@ -81,8 +86,7 @@ class Files(Sequence):
 
     def name(self, index: int) -> str:
         """What a picture is called, fit for a line of UTF-8."""
-        name = self.members[index].rpartition("/")[2] if self.flat else self.members[index]
-        return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+        return printable(self.members[index].rpartition("/")[2] if self.flat else self.members[index])
 
     def __getitem__(self, index):
         if isinstance(index, slice):

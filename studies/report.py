@@ -30,6 +30,7 @@ import utils
 from checkpoints import LAYERS, describe_net, load_member, watch_features
 from checkpoints.run import KERNELS, ROOT, read_config, read_log
 from data.loader import Loader
+from data.pictures import printable
 from data.store import Store
 from kernels import accelerate
 from studies import look
@@ -77,7 +78,7 @@ class Run:
         self.net, self.views, self.checkpoint = load_member(self.path / "best.pt", self.device)
         self.seen = watch_features(self.net)
         accelerate(self.net)
-        self.classes = [test.printable(name) for name in self.checkpoint["classes"]]
+        self.classes = [printable(name) for name in self.checkpoint["classes"]]
         self.size = self.checkpoint["image_size"]
 
     @cached_property
@@ -537,7 +538,7 @@ def page(run: Run, content: str) -> str:
 
 
 def escape(text: str) -> str:
-    return html.escape(test.printable(text))
+    return html.escape(printable(text))
 
 
 def paragraph(text: str) -> str:
