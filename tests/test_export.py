@@ -80,26 +80,21 @@ def test_onnx_gives_the_nets_probabilities(name, tmp_path, capsys):
     assert operators.count("LRN") == (2 * columns if net.config["lrn"] else 0)
 
 
-def test_onnx_of_grey_nets_and_of_torchvisions(tmp_path):
+@pytest.mark.parametrize("kind", ["grey", "torchvision"])
+def test_onnx_of_grey_nets_and_of_torchvisions(kind, tmp_path):
     """A grey net takes RGB, and turns it grey as Pillow does."""
-    path = checkpoint_of(lively(AlexNet(3, image_size=64)), tmp_path / "grey.pt", grey=True)
-    export.main([str(path), str(tmp_path / "grey.onnx")])
-    squares = np.random.default_rng(0).integers(0, 256, (9, 72, 72, 3), np.uint8)
-    model, prepare = load_model(path)
-    with torch.no_grad():
-        right = model(prepare([Image.fromarray(s) for s in squares])).softmax(1).numpy()
-    found = outputs(tmp_path / "grey.onnx", np.ascontiguousarray(squares[:, 4:68, 4:68]))
-    np.testing.assert_allclose(found, right, atol=1e-5)
     torch.manual_seed(0)
-    net = lively(checkpoints.torchvision_net(4, 224))
-    path = checkpoint_of(net, tmp_path / "tv.pt")
-    export.main([str(path), str(tmp_path / "tv.onnx")])
-    squares = np.random.default_rng(0).integers(0, 256, (2, 252, 252, 3), np.uint8)
+    net = AlexNet(3, image_size=64) if kind == "grey" else checkpoints.torchvision_net(4, 224)
+    path = checkpoint_of(lively(net), tmp_path / "net.pt", grey=kind == "grey")
+    export.main([str(path), str(tmp_path / "net.onnx")])
+    size = net.config["image_size"]
+    edge = size // 16
+    squares = np.random.default_rng(0).integers(0, 256, (3, size + 2 * edge, size + 2 * edge, 3), np.uint8)
     model, prepare = load_model(path)
     with torch.no_grad():
         right = model(prepare([Image.fromarray(s) for s in squares])).softmax(1).numpy()
-    found = outputs(tmp_path / "tv.onnx", np.ascontiguousarray(squares[:, 14:238, 14:238]))
-    np.testing.assert_allclose(found, right, atol=1e-5)
+    crops = np.ascontiguousarray(squares[:, edge : edge + size, edge : edge + size])
+    np.testing.assert_allclose(outputs(tmp_path / "net.onnx", crops), right, atol=1e-5)
 
 
 def test_onnx_says_how_to_use_it_and_nothing_of_this_machine(run_folder, store, tmp_path):
