@@ -302,7 +302,7 @@ def _check_options(num_classes, image_size, columns, order, activation, dropout,
     _check("activation", activation, activation in list(ACTIVATIONS), " or ".join(ACTIVATIONS))
     _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
     _check("lrn_alpha", lrn_alpha, lrn_alpha in LRN_ALPHAS, " or ".join(LRN_ALPHAS))
-    _check("lrn_k", lrn_k, isinstance(lrn_k, int | float) and 0 < lrn_k < float("inf"), "a number above 0")
+    _check("lrn_k", lrn_k, isinstance(lrn_k, int | float) and 0 < lrn_k < 1e30, "a number above 0")
 
 
 def _check(name: str, value, ok: bool, allowed: str) -> None:

@@ -2,6 +2,7 @@
 over."""
 
 import math
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def parse(argv) -> Namespace:
     """The arguments; with --resume those of the run, but for the few that may change; with --init its net's."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.data = str(Path(args.data).resolve()) if args.data else None
+    for name in ("data", "init"):  # whatever the folder in which --resume is called
+        setattr(args, name, os.path.realpath(getattr(args, name)) if getattr(args, name) else None)
     args.out = Path(args.out) if args.out else None
     unset = object()  # argparse leaves alone what the namespace has already, unless the option is given
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), unset))))
@@ -60,8 +62,9 @@ def resumed(args: Namespace, given: dict) -> Namespace:
     stored = read_config(last.parent)["arguments"]
     if stored.get("drops"):
         stored["patience"] = None  # it has none
+    packed_from = stored.get("packed_from", {})
     for name, value in given.items():
-        if name not in CHANGEABLE and value not in (stored.get(name), "auto"):
+        if name not in CHANGEABLE and value not in (stored.get(name), packed_from.get(name), "auto"):
             raise UserError(f"{worded(name, value)}: {last.parent} was started {before(name, stored.get(name))}; leave "
                             "the option out, or start a new run")
     changed = {name: value for name, value in given.items() if name in CHANGEABLE}

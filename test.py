@@ -13,7 +13,9 @@ import csv
 import io
 import json
 import math
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +58,7 @@ def main(argv=None) -> int:
     if args.predictions:
         write_predictions(Path(args.predictions), rows, store.classes, names)
     if args.confusion:
-        with replacing(Path(args.confusion)) as file:
+        with replacing(Path(args.confusion)) as file, warnings.catch_warnings(action="ignore"):  # of letters it lacks
             confusion_figure(rows, store.classes).savefig(file, format="png", dpi=100)
     if args.features:
         write_features(Path(args.features), seen, names, [row[0] for row in rows], store.classes)
@@ -74,12 +76,19 @@ def errors(paths: list, store: Store, *, split: str = "test", ten_crop: bool = F
 
 
 def check_arguments(args) -> None:
+    inputs = {os.path.realpath(path) for path in (*args.checkpoints, *(args.images or ()))}
+    outputs = {}
     for option in ("predictions", "features", "confusion"):
-        path = getattr(args, option) and Path(getattr(args, option))
-        if path and not path.resolve().parent.is_dir():
+        if not (path := getattr(args, option)):
+            continue
+        real = Path(os.path.realpath(path))
+        if not real.parent.is_dir():
             raise UserError(f"--{option} {path}: there is no such folder")
-        if path and path.suffix in (".pt", ".safetensors"):
-            raise UserError(f"--{option} {path}: that is what a checkpoint is called; name another file")
+        if real.suffix.lower() in (".pt", ".safetensors") or str(real) in inputs:
+            raise UserError(f"--{option} {path}: that is a checkpoint or a picture, or called so; name another file")
+        if real in outputs:
+            raise UserError(f"--{option} {path}: --{outputs[real]} goes there already; name another file")
+        outputs[real] = option
     if args.images and (args.per_class or args.split or args.confusion):
         raise UserError("--per-class, --confusion and --split go with a data set, not with --images")
     if args.features and (args.ten_crop or len(args.checkpoints) > 1):
@@ -280,7 +289,7 @@ def confusion_figure(rows: list, classes: list[str]):
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="taken for", ylabel="class", title="percent of a class's pictures")
     if few:
-        ticks = [printable(name).replace("$", r"\$") for name in classes]
+        ticks = [printable(name)[:30].replace("$", r"\$") for name in classes]
         axes.set_xticks(range(len(classes)), ticks, rotation=90)
         axes.set_yticks(range(len(classes)), ticks)
         for (true, taken), share in np.ndenumerate(shares):

@@ -12,6 +12,7 @@ README.md says what you should see; --help lists the options.
 
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -382,6 +383,7 @@ def stored(args, watch: Watch) -> Store:
         raise UserError(f"{path} is not a store; several processes need one: python -m data.pack {path} --out STORE")
     size = args.image_size and args.image_size * 8 // 14 * 2  # as 256 is to 224
     store = store_of(path, size, args.val)
+    args.packed_from = {"data": args.data, "val": args.val}  # for the eyes, and for --resume with the same command
     args.data, args.val = str(store.path.resolve()), None  # what --resume goes on with
     return store
 
@@ -426,7 +428,11 @@ def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
     if not args.resume:
-        watch.warn(take_weights(net, checkpoint, args.init, store.classes, store.wnids))
+        warning = take_weights(net, checkpoint, args.init, store.classes, store.wnids)
+        watch.warn(warning)
+        if not args.dropout and "net" not in config:  # the factor of testing (paper, section 4.2) goes into the weights
+            for layer in [net.fc7] if warning else [net.fc7, net.fc8]:
+                layer.weight.data.mul_(1 - config["dropout"])
     return net
 
 
@@ -487,7 +493,7 @@ def summary(run: Training, entry: dict) -> str:
 
 
 def conclusion(run: Training, status: int) -> str:
-    state, best, out = run.state, run.schedule.best, shown(run.args.out)
+    state, best, out = run.state, run.schedule.best, shlex.quote(shown(run.args.out))
     resume = f"python train.py --out {out} --resume"
     if status:
         return f"stopped at step {state.step}; {resume} goes on from there"

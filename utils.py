@@ -39,16 +39,17 @@ class Parser(argparse.ArgumentParser):
 def run_script(main) -> None:
     """Run main(argv) as a script: a UserError becomes one line on stderr and exit status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    status = 2
     try:
+        if "" in sys.argv:
+            raise UserError("one of the arguments is empty; is a variable not set?")
         status = main(sys.argv[1:])
     except UserError as error:
         text = " ".join(str(error).split())
         print("error:", text if text.isprintable() else ascii(text)[1:-1], file=sys.stderr)
-        status = 2
     except OSError as error:  # disk full, no permission, ...
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; put that right and run the command again", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         status = 130
@@ -57,7 +58,7 @@ def run_script(main) -> None:
 
 def shown(path: Path) -> str:
     """A path to print, and to paste: relative to the working directory where it is within it."""
-    path, here = path.resolve(), Path.cwd()
+    path, here = Path(os.path.realpath(path)), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
@@ -142,8 +143,7 @@ def no_tf32() -> None:
     """float32 is float32 on a GPU, too: torch's convolutions would take TF32 there."""
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def huge_pages() -> None:

@@ -47,7 +47,9 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    checkpoint = _read_safetensors(path, device) if path.suffix == ".safetensors" else _read_pt(path, device)
+    open(path, "rb").close()  # raises OSError, which says why, where it can't be read
+    safe = path.suffix.lower() == ".safetensors"
+    checkpoint = _read_safetensors(path, device) if safe else _read_pt(path, device)
     missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
@@ -58,7 +60,7 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
 
 
 def _read_pt(path: Path, device) -> dict:
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         raise UserError(f"{path} is for ONNX Runtime and the like; here take the checkpoint that it was made of")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
@@ -103,7 +105,7 @@ def _wrong_entry(c: dict) -> str | None:
         "image_size or store_size": sides and c["image_size"] <= c["store_size"],
         "resize": c["resize"] in (SHORTER_SIDE, WARPED),
         "dataset or store": isinstance(c["store"], str) and isinstance(c["dataset"], str),
-        "mean": isinstance(mean, Tensor) and mean.is_floating_point() and mean.ndim == 3 and mean.shape[2] in (1, 3)
+        "mean": isinstance(mean, Tensor) and mean.dtype == torch.float32 and mean.ndim == 3 and mean.shape[2] in (1, 3)
         and mean.shape[0] == mean.shape[1] and mean.shape[0] in (1, c["store_size"]) and bool(mean.isfinite().all()),
     }
     wrong = next((name for name, right in checks.items() if not right), None)
@@ -153,6 +155,12 @@ def build_net(checkpoint: dict, path: str | Path) -> nn.Module:
     """The net of a checkpoint with its weights; `config` rebuilds it. Raises UserError, naming `path`, where they do
     not fit or are not finite."""
     try:
+        with torch.device("meta"):  # before memory is taken for a net that the weights don't fit
+            wanted = {name: tensor.shape for name, tensor in new_net(checkpoint["config"]).state_dict().items()}
+        found = {name: tensor.shape for name, tensor in checkpoint["model"].items()}
+        if wanted != found:
+            name = next(name for name in wanted | found if wanted.get(name) != found.get(name))
+            raise ValueError(f"{name} is {tuple(found.get(name, ()))}, not {tuple(wanted.get(name, ()))}")
         net = new_net(checkpoint["config"])
         net.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:

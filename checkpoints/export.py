@@ -18,6 +18,7 @@ Both need packages that the requirements leave out: pip install -r checkpoints/r
 import copy
 import io
 import json
+import os
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoints import build_net, load_checkpoint, needs_package
+from checkpoints import KEYS, build_net, load_checkpoint, needs_package
 from data.augment import Augment
 from model import LocalResponseNorm
 from utils import Parser, UserError, replacing, run_script, shown
@@ -41,12 +42,12 @@ def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     out = Path(args.out)
     writers = {".onnx": to_onnx, ".safetensors": to_safetensors}
-    if out.suffix not in writers:
+    if out.suffix.lower() not in writers:
         raise UserError(f"{out}: the name has to end with {' or '.join(writers)}, which says what is written")
-    if out.is_dir() or not out.resolve().parent.is_dir():
+    if out.is_dir() or not Path(os.path.realpath(out)).parent.is_dir():
         raise UserError(f"{out} is a folder; name a file" if out.is_dir() else f"{out.parent}: no such folder")
     checkpoint = load_checkpoint(args.checkpoint)
-    content, said = writers[out.suffix](checkpoint, args.checkpoint)
+    content, said = writers[out.suffix.lower()](checkpoint, args.checkpoint)
     with replacing(out) as file:
         file.write(content)
     print(f"{shown(out)}: {len(content) / 1e6:,.0f} MB, {said}")
@@ -172,9 +173,8 @@ def to_safetensors(checkpoint: dict, path) -> tuple[bytes, str]:
     from safetensors.torch import save
 
     build_net(checkpoint, path)  # raises where the weights do not fit
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint["model"].items()}
-    other = {k: v for k, v in checkpoint.items() if isinstance(v, str | int | float | list | dict | None)}
-    about = {key: other[key] for key in other if key not in ("model", "optimizer", "schedule", "state", "store")}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in checkpoint["model"].items()}
+    about = {key: checkpoint[key] for key in KEYS if key not in ("model", "mean", "store")}
     return save(tensors | {"mean": checkpoint["mean"].contiguous()}, {"alexnet": json.dumps(about)}), "weights and mean"
 
 

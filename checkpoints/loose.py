@@ -2,7 +2,9 @@
 """
 
 import contextlib
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor
 
 import utils
 from checkpoints import load_member
-from data.pictures import ENDINGS, File, to_square
+from data.pictures import ENDINGS, File, printable, to_square
 from data.pool import in_order
 from data.trees import pictures_below
 from kernels import accelerate
@@ -27,7 +29,7 @@ def listed(places: list[str]) -> list[str]:
     """The pictures named, and all that lie in the folders named, at any depth, in the order of their names."""
     found = []
     for place in places:
-        if not Path(place).is_dir():
+        if not os.path.isdir(place):
             found.append(place)
             continue
         with contextlib.redirect_stdout(sys.stderr):  # what is no picture, told
@@ -75,6 +77,7 @@ class Namer:
     def name(self, places: list[str], batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """Names and outputs of the pictures, a batch at a time. One that can't be read is said to be skipped; raises
         UserError where that is all of them."""
+        warnings.filterwarnings("ignore", module="PIL")  # of palettes, large pictures and damaged EXIF blocks
         names, skipped, first = listed(places), 0, None
         batch: list[tuple[str, list[np.ndarray]]] = []
         bar = Progress("naming", len(names), "pictures", silent=len(names) < SHOWN)
@@ -84,7 +87,7 @@ class Namer:
                 if isinstance(squares, UserError):
                     skipped, first = skipped + 1, first or squares
                     if skipped < len(names):
-                        print(f"skipped: {squares}", file=sys.stderr, flush=True)
+                        print(f"skipped: {printable(str(squares))}", file=sys.stderr, flush=True)
                     continue
                 batch.append((name, squares))
                 if len(batch) == batch_size:

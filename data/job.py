@@ -61,13 +61,18 @@ class Job:
         return settings
 
     def digest(self) -> str:
-        """A SHA-256 of the settings and of the sizes of the files that are packed."""
+        """A SHA-256 of the settings, and of the sizes and times of change of the files that are packed: reading all
+        of them would take as long as packing."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
         for part in self.source.splits.values():
-            if isinstance(part.pictures, Files) and part.pictures.offsets is None:
-                for member in part.pictures.members:
-                    with suppress(OSError):  # told when it is packed
-                        digest.update(b"%d\n" % os.stat(os.path.join(part.pictures.place, member)).st_size)
+            files = [getattr(part.pictures, "path", None)]  # of HDF5
+            if isinstance(part.pictures, Files):
+                place, members = part.pictures.place, part.pictures.members
+                files = [place] if part.pictures.offsets is not None else (os.path.join(place, m) for m in members)
+            for file in filter(None, files):
+                with suppress(OSError):  # told when it is packed
+                    status = os.stat(file)
+                    digest.update(b"%d %d\n" % (status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
     def rows(self, split: str, number: int) -> range:

@@ -30,6 +30,7 @@ from utils import Parser, Progress, UserError, run_script, shown, sync_folder, w
 STORES = Path(__file__).parent / "stores"
 MAX_SKIPPED = 0.01  # of a split's pictures; more stops the packing
 PICTURES_A_SHARD = 50_000  # of the training split, where --shards does not say
+LARGEST = 4096  # side of a store's pictures in pixels
 UNEVEN = 3  # times as many pictures of one class as of another: worth a word
 HANDFUL = 20  # training pictures of a class: so few are worth a word
 NAMED_REPAIRS = 100  # names that the manifest keeps of each kind of repair
@@ -63,7 +64,7 @@ def make_parser() -> Parser:
                         help=f"{', '.join(sources.NAMED)}, a folder (ImageFolder tree, ImageNet's official tar files, "
                         "Kaggle's ImageNet, Caffe's lists) or an .h5 file; data/README.md describes them")
     parser.add_argument("--out", help="folder of the store (default: data/stores/NAME)")
-    parser.add_argument("--size", type=whole(16, 4096), metavar="N",
+    parser.add_argument("--size", type=whole(16, LARGEST), metavar="N",
                         help="side of the stored pictures in pixels (default: 256, small sets 72)")
     parser.add_argument("--codec", choices=CODECS, help="default: raw for small sets, jpeg (quality 90) otherwise")
     parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)),
@@ -136,7 +137,7 @@ def about_classes(source) -> list[str]:
     counts = np.bincount(source.splits["train"].labels, minlength=len(source.classes))
     least, most = int(counts.argmin()), int(counts.argmax())
     lines, few = [], int((counts < HANDFUL).sum())
-    if counts[most] > UNEVEN * counts[least]:
+    if counts[most] > UNEVEN * counts[least] > 0:
         lines.append(f"classes are uneven, from {counts[least]:,} ({source.classes[least]}) to {counts[most]:,} "
                      f"({source.classes[most]}) training pictures; train.py --balance shows each class equally often")
     if few:
@@ -369,12 +370,20 @@ def named_store(name: str, download: bool | None = True) -> Store:
 
 def store_of(path: Path, size: int | None = None, val: float | None = None) -> Store:
     """The store of a folder of pictures or another source on disk, data/stores/NAME-DIGEST, packed first where there is
-    none of what the source holds now: names, classes and sizes of its files count, so pictures that were added make
-    another store. size, val: as --size and --val of data.pack. Raises UserError."""
+    none of what the source holds now (Job.digest). size, val: as --size and --val of data.pack. Raises UserError."""
+    if size and size > LARGEST:
+        raise UserError(f"pictures of {size} x {size} pixels are more than a store holds ({LARGEST})")
+    if next(path.glob("*/data.mdb"), None):
+        raise UserError(f"{path} is a store without its {MANIFEST}; copy or pack it again")
     source = sources.find(str(path), val=val)
     job = Job(source, STORES / source.name, size or source.size, source.codec, shards_of(source))
-    out = STORES / f"{source.name}-{job.digest()[:8]}"
-    return Store(out) if out.exists() else pack(source, out, size=size, workers=len(os.sched_getaffinity(0)))
+    out = STORES / f"{source.name[:80]}-{job.digest()[:8]}"
+    try:
+        return Store(out) if out.exists() else pack(source, out, size=size, workers=len(os.sched_getaffinity(0)))
+    except UserError:
+        if not out.exists():
+            raise
+        return Store(out)  # another process has packed it in the meantime
 
 
 def shards_of(source) -> int:

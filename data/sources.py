@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data import imagenet
+from data.pictures import printable
 from data.trees import Source, Split, caffe_lists, image_folder
 from utils import UserError, one_line, shown
 
@@ -80,6 +81,7 @@ def _from_path(path: Path, val: float | None) -> Source:
         raise UserError(f"{path}: no such data set, folder or file; the named sets are {', '.join(NAMED)}")
     if val is not None:
         raise UserError(f"--val {val:g} is for folders of class folders, which {path} is not; leave the option out")
+    source.name = printable(source.name)
     if source.name in NAMED:  # a user's own data set never has the name of a named one
         source.name = f"my-{source.name}"
     return source

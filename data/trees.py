@@ -119,7 +119,8 @@ def _walk(top: str, seen: set) -> Iterator[tuple[str, list[str]]]:
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
-            entries = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
+            # os.path.isdir: entry.is_dir() raises where a link leads to itself
+            entries = sorted((entry.name, os.path.isdir(entry.path)) for entry in entries if entry.name[0] != ".")
         yield folder, [name for name, is_folder in entries if not is_folder]
         ahead += [os.path.join(folder, name) for name, is_folder in reversed(entries) if is_folder]
 

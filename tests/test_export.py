@@ -155,6 +155,25 @@ def test_safetensors_of_other_kinds_are_one_line(content, message, tmp_path):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
+def test_checkpoints_with_more_in_them_are_exported(run_folder, tmp_path):
+    """Weights that share memory, and an entry of somebody else's."""
+    content = torch.load(run_folder / "best.pt", weights_only=True)
+    content["model"]["conv4.bias"] = content["model"]["conv3.bias"]
+    torch.save(content | {"notes": {"a": torch.zeros(1)}}, tmp_path / "more.pt")
+    export.main([str(tmp_path / "more.pt"), str(tmp_path / "more.safetensors")])
+    assert torch.equal(load_checkpoint(tmp_path / "more.safetensors")["model"]["conv4.bias"],
+                       content["model"]["conv3.bias"])
+
+
+def test_a_config_that_is_too_large_for_its_weights_takes_no_memory(run_folder, tmp_path):
+    content = torch.load(run_folder / "best.pt", weights_only=True)
+    huge = content["config"] | {"image_size": 200_000}
+    changed = {"config": huge, "image_size": 200_000, "store_size": 200_000, "mean": torch.zeros(1, 1, 3)}
+    torch.save(content | changed, tmp_path / "huge.pt")
+    with pytest.raises(UserError, match=r"the weights do not fit the net: fc6.weight is"):
+        load_model(tmp_path / "huge.pt")
+
+
 def test_headers_that_lie_are_one_line(run_folder, tmp_path):
     """A metadata entry of another kind, a config that fits no weights, a mean of another size."""
     from safetensors.torch import load_file, save_file

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import pictures
-from helpers import assert_same_state, load, resume, run
+from helpers import ROOT, assert_same_state, load, resume, run
 from PIL import Image
 
 import checkpoints
@@ -97,7 +99,9 @@ def test_pictures_that_are_added_leave_the_validation_pictures_where_they_were(s
     assert after.path != before.path
     assert sum(after.counts.values()) == sum(before.counts.values()) + 45
     assert split_of(before, "val") <= split_of(after, "val")
-    (photos / "cat" / "1.png").write_bytes((photos / "cat" / "1.png").read_bytes() + b" ")  # another file, one name
+    content = bytearray((photos / "cat" / "1.png").read_bytes())
+    content[-1] ^= 1
+    (photos / "cat" / "1.png").write_bytes(content)  # another file, the same name and size
     assert pack.store_of(photos, size=64).path not in (before.path, after.path)
 
 
@@ -107,8 +111,32 @@ def test_a_run_goes_on_when_its_folder_is_gone(stores, tmp_path):
         fill(photos / label, 12, first=100 * number)
     train.main(["--data", str(photos), "--val", "0.2", "--out", str(tmp_path / "run"), *SMALL])
     shutil.rmtree(photos)
+    assert resume(tmp_path / "run", "--data", photos, "--val", "0.2", "--max-steps", "2") == 0  # as it was started
+    with pytest.raises(UserError, match=r"--val 0.3: .* was started without --val"):
+        resume(tmp_path / "run", "--val", "0.3")
     assert resume(tmp_path / "run", "--max-steps", "3") == 0
     assert load(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def test_sizes_and_folders_that_no_store_holds(stores, store, tmp_path):
+    fill(tmp_path / "photos" / "cat", 3)
+    fill(tmp_path / "photos" / "dog", 3, first=10)
+    with pytest.raises(UserError, match=r"22856 x 22856 pixels are more than a store holds \(4096\)"):
+        train.main(["--data", str(tmp_path / "photos"), "--image-size", "20000"])
+    torn = shutil.copytree(store.path, tmp_path / "torn")
+    (torn / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"is a store without its manifest.json"):
+        train.main(["--data", str(torn)])
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="no such folder"):
+        train.main(["--data", str(tmp_path / "loop")])
+
+
+def test_empty_arguments_are_told(tmp_path):
+    for script in ("train.py", "test.py"):
+        command = [sys.executable, script, "--data", ""]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, "error: one of the arguments is empty; is a variable not set?\n")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +268,18 @@ def test_layers_of_torchvisions_net_have_alexnets_names():
     assert [name for name, p in net.named_parameters() if p.requires_grad] == [
         f"classifier.{number}.{part}" for number in (1, 4, 6) for part in ("weight", "bias")
     ]
+
+
+def test_init_without_dropout_starts_from_the_same_function(store, tmp_path):
+    """Testing multiplies by 0.5 where dropout was; without dropout that factor is in the weights."""
+    run(store, tmp_path / "first", "--max-steps", "3")
+    first = tmp_path / "first" / "last.pt"
+    args = options.parse(["--data", str(store.path), "--init", str(first), "--no-dropout"])
+    options.settle(args, store, torch.device("cpu"), 1)
+    net = train.starting_net(args, store, train.Watch(torch.device("cpu"))).eval()
+    before, prepare = checkpoints.load_model(first)
+    inputs = prepare([Image.fromarray(p) for p in pictures(3, (80, 80, 3))])
+    torch.testing.assert_close(net(inputs), before(inputs))
 
 
 def test_freeze_needs_weights(store, tmp_path):

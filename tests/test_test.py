@@ -111,6 +111,7 @@ def test_folders_of_pictures_are_named_in_batches(run_folder, tmp_path, capsys):
         picture.save(photos / ("deep/er" if number % 2 else ".") / f"{number}.png")
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 no more")
     (photos / "notes.txt").touch()
+    (photos / "self.jpg").symlink_to(photos / "self.jpg")
     best = str(run_folder / "best.pt")
     wanted = ["0.png", "2.png", "4.png", "6.png", "deep/er/1.png", "deep/er/3.png", "deep/er/5.png"]
     test.main([best, "--images", str(photos), "--json", "--batch-size", "3"])
@@ -119,7 +120,7 @@ def test_folders_of_pictures_are_named_in_batches(run_folder, tmp_path, capsys):
     assert [line["picture"] for line in lines] == [str(photos / name) for name in wanted]
     assert "skipped: " in err
     assert "broken.jpg cannot be read as a picture" in err
-    assert "1 of 8 pictures could not be read" in err
+    assert "2 of 9 pictures could not be read" in err
     assert "1 files are not named like pictures" in err
     test.main([best, best, "--images", *(str(photos / name) for name in wanted), "--json", "--ten-crop"])
     both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -193,6 +194,7 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
     torch.save(content | {"store": "data/stores/gone"}, tmp_path / "gone.pt")
     with pytest.raises(UserError, match="--data or --dataset"):
         test.main([str(tmp_path / "gone.pt")])
+    (tmp_path / "link.csv").symlink_to(best)
     for arguments, message in (
         (["nowhere.pt"], "no such checkpoint"),
         ([str(tmp_path)], "no such checkpoint"),
@@ -204,8 +206,11 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
         ([best, "--images", "cat.jpg", "--confusion", "c.png"], "go with a data set"),
         ([best, "--features", "f.npz", "--ten-crop"], "of one net and centre crops"),
         ([best, best, "--features", "f.npz"], "of one net and centre crops"),
-        ([best, "--features", str(tmp_path / "f.safetensors")], "that is what a checkpoint is called"),
-        ([best, "--predictions", best], "that is what a checkpoint is called"),
+        ([best, "--images", "cat.jpg", "--predictions", "cat.jpg"], "that is a checkpoint or a picture"),
+        ([best, "--predictions", str(tmp_path / "link.csv")], "that is a checkpoint or a picture"),
+        ([best, "--predictions", str(tmp_path / "x"), "--confusion", str(tmp_path / "x")], "--predictions goes there"),
+        ([best, "--features", str(tmp_path / "f.safetensors")], "that is a checkpoint or a picture, or called so"),
+        ([best, "--predictions", best], "that is a checkpoint or a picture, or called so"),
     ):
         with pytest.raises(UserError, match=message):
             test.main(arguments)
