@@ -428,7 +428,7 @@ def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
     if not args.resume:
-        warning = take_weights(net, checkpoint, args.init, store.classes, store.wnids)
+        warning = take_weights(net, checkpoint, shown(Path(args.init)), store.classes, store.wnids)
         watch.warn(warning)
         if not args.dropout and "net" not in config:  # the factor of testing (paper, section 4.2) goes into the weights
             for layer in [net.fc7] if warning else [net.fc7, net.fc8]:
