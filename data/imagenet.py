@@ -27,6 +27,7 @@ from utils import Progress, UserError
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TEST_TAR, KIT = "ILSVRC2012_img_test*.tar", "ILSVRC2012_devkit_t12*"
 KAGGLE, SOLUTION, MAPPING = "ILSVRC/Data/CLS-LOC", "LOC_val_solution.csv", "LOC_synset_mapping.txt"
+KIT_BYTES = 2**20  # more than any file that is read of the kit; packed numbers in meta.mat can grow 1000 times
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -150,10 +151,15 @@ def development_kit(root: Path) -> tuple[dict[int, str], list[int]]:
 def _kit_file(kit: Path, name: str) -> bytes:
     try:
         if kit.is_dir():
-            return next(kit.rglob(name)).read_bytes()
-        with tarfile.open(kit) as tar:
-            member = next(m for m in tar if m.isfile() and m.name.endswith(f"data/{name}"))
-            return tar.extractfile(member).read()
+            with open(next(kit.rglob(name)), "rb") as file:
+                content = file.read(KIT_BYTES + 1)
+        else:
+            with tarfile.open(kit) as tar:
+                member = next(m for m in tar if m.isfile() and m.name.endswith(f"data/{name}"))
+                content = tar.extractfile(member).read(KIT_BYTES + 1)
+        if len(content) > KIT_BYTES:
+            raise ValueError
+        return content
     except StopIteration:
         raise UserError(f"{kit} has no data/{name}; it is not the kit of tasks 1 and 2") from None
     except Exception as error:  # tarfile, gzip and zlib each have errors of their own

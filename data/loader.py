@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.augment import EpochTables, random_crops, upload
 from data.store import Crops, Records, Store
-from utils import UserError
+from utils import UserError, one_line
 
 AHEAD = 2  # batches that each worker has ready
 SHARED = Path("/dev/shm")  # by way of it workers hand over their batches
@@ -31,16 +31,22 @@ class Loader:
     """One split of a store. A small split is *resident*: read once, its pixels one tensor on the device. A larger
     one *streams*: worker processes read whole batches (0 workers: this process does).
 
-    resident: None decides by the split's size.
+    resident: None decides by the split's size. skip_bad: so many damaged records may be replaced by sound ones; `bad`
+    has their indices and what was wrong with them. One more raises UserError.
     """
 
-    def __init__(self, store: Store, split: str, device="cpu", workers: int = 0, resident: bool | None = None):
+    def __init__(
+        self, store: Store, split: str, device="cpu", workers: int = 0, resident: bool | None = None, skip_bad: int = 0
+    ):
         self.records, self.device, self.workers = store.split(split), torch.device(device), workers
+        self.split, self.skip_bad, self.bad = split, skip_bad, {}
         if resident is None:
             resident = len(self.records) * int(np.prod(self.records.shape)) <= RESIDENT_BYTES
         self.resident = resident
         if self.resident:
-            images, labels = self.records.read(np.arange(len(self.records)), check=True)
+            bad = {} if skip_bad else None
+            images, labels = self.records.read(np.arange(len(self.records)), check=True, bad=bad)
+            self._note(bad)
             self.images = torch.from_numpy(images).to(self.device)
             self.labels = torch.from_numpy(labels).to(self.device)
 
@@ -50,7 +56,20 @@ class Loader:
     @cached_property
     def every_label(self) -> np.ndarray:
         """(N,) int64."""
-        return self.labels.cpu().numpy() if self.resident else self.records.every_label()
+        if self.resident:
+            return self.labels.cpu().numpy()
+        bad = {} if self.skip_bad else None
+        labels = self.records.every_label(bad)
+        self._note(bad)
+        return labels
+
+    def _note(self, bad: dict[int, str] | None) -> None:
+        """Damaged records that were replaced. Raises UserError where there are too many."""
+        self.bad |= bad or {}
+        if len(self.bad) > self.skip_bad:
+            index, reason = next(iter(self.bad.items()))
+            raise UserError(f"{self.records.path}: more than {self.skip_bad} damaged records in {self.split}, picture "
+                            f"{index} the first ({reason}); copy or pack the store again, or raise --skip-bad-records")
 
     def shared_memory_trouble(self, batch_bytes: int) -> str:
         """What to tell a user where the batches that its workers hand over may not fit into /dev/shm; "" otherwise."""
@@ -72,7 +91,8 @@ class Loader:
         self, indices: Iterable[np.ndarray], tables: EpochTables | None = None, size: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One batch for each array of sample indices, in that order: whole pictures; or with the tables of an epoch for
-        each array of draws the crops of `size` pixels, mirrored. Raises UserError at a damaged record."""
+        each array of draws the crops of `size` pixels, mirrored. Raises UserError at a damaged record that may not be
+        replaced."""
         if self.resident:
             for batch in indices:
                 crops = _crops(tables, batch, size)
@@ -83,7 +103,7 @@ class Loader:
             return
         cuda = self.device.type == "cuda"
         streamed = DataLoader(
-            _Batches(self.records, tables, size),
+            _Batches(self.records, tables, size, self.skip_bad > 0),
             batch_sampler=indices,
             num_workers=self.workers,
             collate_fn=_as_is,
@@ -93,10 +113,15 @@ class Loader:
         )
         iterator = iter(streamed)
         try:
-            for images, labels in iterator:
+            for images, labels, bad in iterator:
+                self._note(bad)
                 yield images.to(self.device, non_blocking=cuda), labels.to(self.device, non_blocking=cuda)
         except UserError as error:  # a worker's arrives with its traceback around it; the last line is the message
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"a process that reads pictures has ended: {one_line(error)}") from None
         finally:
             if self.workers:  # now and in good order: at the exit of the process torch complains of what is left
                 iterator._shutdown_workers()
@@ -105,13 +130,15 @@ class Loader:
 class _Batches(Dataset):
     """A batch at a time, not a picture at a time: torch's fetcher calls __getitems__ with a batch's indices."""
 
-    def __init__(self, records: Records, tables: EpochTables | None, size: int):
-        self.records, self.tables, self.size = records, tables, size
+    def __init__(self, records: Records, tables: EpochTables | None, size: int, skip_bad: bool):
+        self.records, self.tables, self.size, self.skip_bad = records, tables, size, skip_bad
 
-    def __getitems__(self, indices) -> tuple[Tensor, Tensor]:
-        samples = self.tables.pictures(indices) if self.tables else indices
-        images, labels = self.records.read(samples, crops=_crops(self.tables, indices, self.size))
-        return torch.from_numpy(images), torch.from_numpy(labels)
+    def __getitems__(self, indices) -> tuple[Tensor, Tensor, dict[int, str]]:
+        samples, bad = self.tables.pictures(indices) if self.tables else indices, {}
+        images, labels = self.records.read(
+            samples, check=True, crops=_crops(self.tables, indices, self.size), bad=bad if self.skip_bad else None
+        )
+        return torch.from_numpy(images), torch.from_numpy(labels), bad
 
 
 def _crops(tables: EpochTables | None, draws: np.ndarray, size: int) -> Crops | None:
@@ -131,3 +158,4 @@ def _start_worker(_: int) -> None:
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 archives) and HDF5 files; trees.py has folders and lists, imagenet.py ImageNet's own layouts."""
 
 import gzip
+import math
 import os
 import tarfile
 import threading
@@ -36,6 +37,7 @@ CIFAR_BINARY = {
                  "fine_label_names.txt", 2),
 }
 SMALL_HDF5 = 2**28  # bytes of a dataset that is read at once
+MOST_CHUNK = 2**28  # bytes of a chunk, or a picture: they are unpacked whole
 
 
 class Unavailable(UserError):
@@ -161,9 +163,19 @@ def _cifar_binary(name: str) -> Source | None:
 def _read_files(place: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     """Files of a folder, or of that folder in a tar archive, by name."""
     if place.is_dir():
-        return {name: (place / name).read_bytes() for name in names}
+        files = {name: open(place / name, "rb") for name in names}
+        return {name: read_at_most(file) for name, file in files.items()}
     with tarfile.open(place) as tar:
-        return {name: tar.extractfile(f"{folder}/{name}").read() for name in names}
+        return {name: read_at_most(tar.extractfile(f"{folder}/{name}")) for name in names}
+
+
+def read_at_most(file, size: int = 2**28) -> bytes:
+    """The rest of a file, which is closed. Raises EOFError where that is more than `size` bytes, packed or not."""
+    with file:
+        content = file.read(size + 1)
+    if len(content) > size:
+        raise EOFError(f"more than {size:,} bytes")
+    return content
 
 
 def _fashion_mnist(download: bool) -> Source:
@@ -188,8 +200,7 @@ def _idx(path: Path) -> np.ndarray:
     """A gzipped IDX file of bytes. gzip's own checksum guards it: Debian's files hold the original bytes, but are
     compressed anew, so the MD5 sums of the original archives do not fit them."""
     try:
-        with gzip.open(path) as file:
-            content = file.read()
+        content = read_at_most(gzip.open(path))
         dimensions = content[3]
         shape = np.frombuffer(content, ">u4", count=dimensions, offset=4).astype(int)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
@@ -278,11 +289,13 @@ def _hdf5(path: Path, name: str) -> Source:
             names = np.atleast_1d(file.attrs["classes"])
             classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
             found = {
-                split: (file[split]["images"], np.asarray(file[split]["labels"]))
+                split: (file[split]["images"], file[split]["labels"])
                 for split in ("train", "val", "test")
                 if split in file
             }
-            _check_hdf5(path, classes, found)
+            _check_hdf5(path, found)
+            found = {split: (images, np.asarray(labels)) for split, (images, labels) in found.items()}
+            _check_labels(path, classes, found)
             shape = found["train"][0].shape
             splits = {
                 split: Split(_small_or_rows(images, path.resolve(), split), labels.astype(np.int64))
@@ -305,7 +318,8 @@ def _small_or_rows(images, path: Path, split: str) -> np.ndarray | Rows:
     return images[:] if images.nbytes <= SMALL_HDF5 else Rows(path, f"{split}/images", 0, len(images))
 
 
-def _check_hdf5(path: Path, classes: list[str], splits: dict) -> None:
+def _check_hdf5(path: Path, splits: dict) -> None:
+    """Before anything is read: shapes, sizes, and whether all of it is in this file."""
     if "train" not in splits or len(splits) < 2:
         raise UserError(f"{path} needs train/ and val/ or test/, and has {', '.join(splits) or 'none of them'}")
     for split, (images, labels) in splits.items():
@@ -317,5 +331,17 @@ def _check_hdf5(path: Path, classes: list[str], splits: dict) -> None:
             raise UserError(f"{path}: {split}/labels must be whole numbers (N,), not {labels.shape} {labels.dtype}")
         if len(images) != len(labels) or not len(images):
             raise UserError(f"{path}: {split} has {len(images)} images and {len(labels)} labels")
+        for name, data in (("images", images), ("labels", labels)):
+            if data.is_virtual or data.external or data.file.filename != str(path):
+                raise UserError(f"{path}: {split}/{name} lies in another file; copy it into this one")
+            if math.prod(data.chunks or (1,)) * data.dtype.itemsize > MOST_CHUNK:
+                raise UserError(f"{path}: {split}/{name} has chunks of {data.chunks}, which take too much memory to "
+                                f"unpack; at most {MOST_CHUNK:,} bytes")
+        if math.prod(images.shape[1:]) > MOST_CHUNK or len(images) > 10**8:
+            raise UserError(f"{path}: {split}/images has a shape that no set has, {images.shape}")
+
+
+def _check_labels(path: Path, classes: list[str], splits: dict) -> None:
+    for split, (_, labels) in splits.items():
         if labels.min() < 0 or labels.max() >= len(classes):
             raise UserError(f"{path}: {split}/labels go beyond the {len(classes)} classes of the file")

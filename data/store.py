@@ -6,15 +6,17 @@ Reading does not import torch, and lmdb, cv2 and simplejpeg are imported where t
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.guard import reading
 from utils import UserError
 
 FORMAT = 3
@@ -26,6 +28,9 @@ HEADER_CRC = struct.Struct("<I")  # CRC-32 of the header; the payload follows
 MAGIC = b"ALX1"
 COMMIT_BYTES = 32 << 20  # a transaction's size: what is lost and written again when the map has to grow
 FIRST_MAP = 64 << 20
+FILE_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")  # of a store, from its folder
+CLOCKS = 2  # seconds by which a file's time may change by itself, as between a file server and its client
+TRIES = 100  # records that are tried in the place of a damaged one
 
 
 def record_key(index: int) -> bytes:
@@ -89,8 +94,8 @@ class Crops(NamedTuple):
 class Store:
     """An existing store, opened for reading.
 
-    path: its folder. Files' sizes are compared with the manifest before anything is mapped, because reading past the
-    end of a mapped file kills the process. Raises UserError where something is missing, torn or of another format.
+    path: its folder. Files' sizes are compared with the manifest before anything is mapped. Raises UserError where
+    something is missing, torn or of another format.
 
     classes: names, by label. wnids: those of the classes, or None. unlabelled: splits without labels.
     size: the pictures' side in pixels. channels: 1 or 3. mean: (size, size, channels)
@@ -117,17 +122,14 @@ class Store:
         self.channels: int = self.manifest["channels"]
         self.codec: str = self.manifest["codec"]
         self.counts = {split: sum(s["count"] for s in shards) for split, shards in self.manifest["shards"].items()}
-        self._check_sizes()
-        try:
-            self.mean = np.load(self.path / MEAN, allow_pickle=False)
-        except (ValueError, EOFError):
-            raise UserError(f"{self.path / MEAN} is damaged; copy or pack the store again") from None
+        self.changed = self._check_sizes()  # when each file was changed last, in seconds
+        self.mean = self._read_mean()
 
     def _parse(self, text: bytes) -> dict:
         try:
             manifest = json.loads(text)
             version = int(manifest["format"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.path / MANIFEST} is damaged; pack the store again") from None
         if version != FORMAT:
             newer = "update the code, or " if version > FORMAT else ""
@@ -141,15 +143,31 @@ class Store:
         } - set(manifest)
         if missing:
             raise UserError(f"{self.path / MANIFEST} lacks {', '.join(sorted(missing))}; pack the store again")
+        wrong = _wrong_part(manifest)
+        if wrong:
+            raise UserError(f"{self.path / MANIFEST} is damaged or was changed: its {wrong} cannot be right; pack the "
+                            "store again")
         return manifest
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self) -> dict[str, float]:
+        changed = {}
         for name, entry in self.manifest["files"].items():
             file = self.path / name
-            size = file.stat().st_size if file.exists() else None
-            if size != entry["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
-                raise UserError(f"{file} {found}: the store is torn; copy or pack it again")
+            found = file.stat() if file.exists() else None
+            if found is None or found.st_size != entry["bytes"]:
+                said = "is missing" if found is None else f"has {found.st_size} bytes instead of {entry['bytes']}"
+                raise UserError(f"{file} {said}: the store is torn; copy or pack it again")
+            changed[name] = found.st_mtime
+        return changed
+
+    def _read_mean(self) -> np.ndarray:
+        try:  # mapped first: the file's own word for its size is not taken
+            mean = np.load(self.path / MEAN, mmap_mode="r", allow_pickle=False)
+            if mean.shape != (self.size, self.size, self.channels) or mean.dtype != np.float32:
+                raise ValueError
+            return np.array(mean)
+        except (ValueError, EOFError, TypeError, SyntaxError):
+            raise UserError(f"{self.path / MEAN} is damaged; copy or pack the store again") from None
 
     def split(self, name: str) -> "Records":
         """The records of one split. Raises UserError for a split that the store does not have."""
@@ -176,6 +194,51 @@ def names_file(split: str) -> str:
     return f"{split}-names.txt"
 
 
+def _wrong_part(manifest: dict) -> str | None:
+    """The first part of a manifest that can't be right; names of files stay within the store."""
+    shards, files, classes, wnids = (manifest[name] for name in ("shards", "files", "classes", "wnids"))
+
+    def whole(value, low: int, high: int) -> bool:
+        return type(value) is int and low <= value <= high
+
+    def words(value) -> bool:
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+    def numbers(value, *shape: int) -> bool:
+        with suppress(ValueError, TypeError, OverflowError):
+            array = np.asarray(value, np.float64)
+            return array.shape == shape and bool(np.isfinite(array).all())
+        return False
+
+    def shard(entry) -> bool:
+        fits = isinstance(entry, dict) and all(whole(entry.get(name), 0, 10**8) for name in ("first", "count"))
+        return fits and f"{entry.get('folder')}/data.mdb" in files
+
+    colours = manifest["channels"] if manifest["channels"] in (1, 3) else 0
+    pca = manifest["pca"]
+    checks = {
+        "name": isinstance(manifest["name"], str),
+        "classes": words(classes) and len(classes) > 0,
+        "wnids": wnids is None or (words(wnids) and len(wnids) == len(classes)),
+        "image_size": whole(manifest["image_size"], 1, 4096),
+        "channels": colours > 0,
+        "codec": manifest["codec"] in CODECS,
+        "files": isinstance(files, dict) and MEAN in files and all(
+            FILE_NAME.fullmatch(name) and isinstance(entry, dict) and whole(entry.get("bytes"), 0, 2**60)
+            and isinstance(entry.get("sha256"), str) for name, entry in files.items()
+        ),
+        "shards": isinstance(shards, dict) and isinstance(files, dict) and all(
+            isinstance(entries, list) and all(map(shard, entries)) for entries in shards.values()
+        ),
+        "unlabelled": words(manifest["unlabelled"]),
+        "skipped or repaired": isinstance(manifest["skipped"], list) and isinstance(manifest["repaired"], dict),
+        "channel_mean": numbers(manifest["channel_mean"], colours),
+        "pca": pca is None or (isinstance(pca, dict) and numbers(pca.get("eigenvalues"), 3)
+                               and numbers(pca.get("eigenvectors"), 3, 3)),
+    }
+    return next((name for name, right in checks.items() if not right), None)
+
+
 class Records:
     """Random access to one split. Environments are opened at the first read of a process, so an object can travel
     to worker processes; indices are 0..len-1."""
@@ -188,13 +251,18 @@ class Records:
         self.folders = [shard["folder"] for shard in shards]
         self.starts = np.cumsum([0] + [shard["count"] for shard in shards])
         self.keys = [shard["first"] for shard in shards]  # of their first records
+        files = [f"{folder}/data.mdb" for folder in self.folders]
+        self.expected = [(store.manifest["files"][name]["bytes"], store.changed[name]) for name in files]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def read(self, indices, check: bool = False, crops: Crops | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, indices, check: bool = False, crops: Crops | None = None, bad: dict[int, str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Pictures (n, H, W, C) uint8, or their crops (n, S, S, C), and labels (n,) int64. check: compare the CRC of
-        raw pixels, too."""
+        raw pixels, too. bad: where there is one, a damaged record is noted there, by its index, and the next sound one
+        of its shard takes its place; otherwise it raises UserError."""
         side = crops.size if crops else self.shape[0]
         images = np.empty((len(indices), side, side, self.shape[2]), np.uint8)
         labels = np.empty(len(indices), np.int64)
@@ -210,18 +278,18 @@ class Records:
             elif picture is not out:
                 images[row] = picture
 
-        self._each(indices, keep)
+        self._each(indices, keep, bad)
         return images, labels
 
-    def every_label(self) -> np.ndarray:
-        """The labels of all records, (N,) int64, without decoding anything."""
+    def every_label(self, bad: dict[int, str] | None = None) -> np.ndarray:
+        """The labels of all records, (N,) int64, without decoding anything. bad: as in read."""
         labels = np.empty(len(self), np.int64)
 
         def look(row: int, value) -> None:
             _, shape, labels[row], _ = open_record(value, check=False)
             self._check_fit(shape, labels[row])
 
-        self._each(np.arange(len(self)), look)
+        self._each(np.arange(len(self)), look, bad)
         return labels
 
     def check(self, indices) -> None:
@@ -233,31 +301,51 @@ class Records:
 
         self._each(indices, look)
 
-    def _each(self, indices, use) -> None:
-        """Call use(row, record of indices[row]), shard after shard; what goes wrong becomes a UserError."""
-        import lmdb
-
+    def _each(self, indices, use, bad: dict[int, str] | None = None) -> None:
+        """Call use(row, record of indices[row]), shard after shard; what goes wrong becomes a UserError, or with `bad`
+        is noted, and another record used."""
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         for shard in np.unique(shards):
-            before = self.keys[shard] - int(self.starts[shard])
-            with _environment(self.path / self.folders[shard]).begin(buffers=True) as transaction:
-                for row in np.flatnonzero(shards == shard):
-                    try:
-                        value = transaction.get(record_key(before + int(indices[row])))
-                        if value is None:
-                            raise ValueError("the record is missing")
-                        use(row, value)
-                    except (ValueError, lmdb.Error) as error:
-                        raise UserError(
-                            f"{self.path}: picture {indices[row]}: {error}; copy or pack the store again "
-                            f"(python -m data.pack --verify {self.path} checks all of it)"
-                        ) from None
+            folder, start = self.path / self.folders[shard], int(self.starts[shard])
+            count, before = int(self.starts[shard + 1]) - start, self.keys[shard]
+            with _environment(folder, *self.expected[shard]).begin(buffers=True) as transaction:
+                reading(self.path)
+                try:
+                    for row in np.flatnonzero(shards == shard):
+                        place = int(indices[row]) - start
+                        error = _try(transaction, before + place, row, use)
+                        if error and bad is not None:
+                            bad[start + place] = str(error)
+                            others = (before + (place + n) % count for n in range(1, TRIES))
+                            error = next((None for key in others if not _try(transaction, key, row, use)), error)
+                        if error:
+                            raise UserError(
+                                f"{self.path}: picture {start + place} ({self.folders[shard]}, key {before + place}): "
+                                f"{error}; copy or pack the store again (python -m data.pack --verify {self.path} "
+                                "checks all of it)"
+                            ) from None
+                finally:
+                    reading("")
 
     def _check_fit(self, shape: tuple[int, int, int], label: int) -> None:
         if shape != self.shape:
             raise ValueError(f"the picture's shape is {shape} instead of {self.shape}")
         if label not in self.labels:
             raise ValueError(f"label {label} is not one of {len(self.labels)} classes")
+
+
+def _try(transaction, key: int, row: int, use) -> Exception | None:
+    """Call use(row, record with that key). Returns what was wrong with it."""
+    import lmdb
+
+    try:
+        value = transaction.get(record_key(key))
+        if value is None:
+            raise ValueError("the record is missing")
+        use(row, value)
+    except (ValueError, lmdb.Error) as error:
+        return error
+    return None
 
 
 def _cut(picture: np.ndarray, offset, mirrored: bool, out: np.ndarray) -> None:
@@ -275,10 +363,13 @@ def _cut(picture: np.ndarray, offset, mirrored: bool, out: np.ndarray) -> None:
 _environments: dict = {}  # (device, inode) -> (process, environment): lmdb allows one per file and process
 
 
-def _environment(folder: Path):
+def _environment(folder: Path, size: int, changed: float):
+    """A shard opened for reading, once a process; of that size and time, or UserError."""
     import lmdb
 
     file = (folder / "data.mdb").stat()
+    if file.st_size != size or abs(file.st_mtime - changed) > CLOCKS:
+        raise UserError(f"{folder / 'data.mdb'} was changed while it was in use; put the store as it was, then go on")
     key = (file.st_dev, file.st_ino)
     process, environment = _environments.get(key, (None, None))
     if process == os.getpid():

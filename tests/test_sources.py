@@ -296,3 +296,55 @@ def test_hdf5_files(tmp_path, monkeypatch, at_once):
     (tmp_path / "no.h5").write_bytes(b"not HDF5")
     with pytest.raises(UserError, match="cannot be read"):
         sources.find(str(tmp_path / "no.h5"))
+
+
+def hostile_hdf5(path, images=None, labels=None):
+    """An HDF5 file of 20 training and validation pictures; images and labels, if given, make the training split's."""
+    with h5py.File(path, "w") as file:
+        file.attrs["classes"] = ["a", "b"]
+        for split in ("train", "val"):
+            file.create_group(split)
+            (images if images and split == "train" else plain_images)(file, f"{split}/images")
+            (labels if labels and split == "train" else plain_labels)(file, f"{split}/labels")
+    return str(path)
+
+
+def plain_images(file, name):
+    file[name] = pictures(20, (40, 40, 3))
+
+
+def plain_labels(file, name):
+    file[name] = np.arange(20) % 2
+
+
+def test_hdf5_files_that_claim_too_much_or_lead_outside_are_refused(tmp_path):
+    """Before memory is taken for a chunk, a picture or a list of labels, and before another file is read."""
+    hostile_hdf5(tmp_path / "other.h5")
+    chunk = {"dtype": "u1", "chunks": (1, 30_000, 30_000, 3), "compression": "gzip"}
+    layout = h5py.VirtualLayout((20, 40, 40, 3), "u1")
+    layout[:] = h5py.VirtualSource("other.h5", "train/images", (20, 40, 40, 3))
+    external = [(str(tmp_path / "pixels"), 0, 20 * 40 * 40 * 3)]
+    cases = {
+        "which take too much memory": {"images": lambda f, n: f.create_dataset(n, (20, 30_000, 30_000, 3), **chunk)},
+        "a shape that no set has": {"images": lambda f, n: f.create_dataset(n, (20, 10**5, 10**5, 3), "u1")},
+        "20 images and 1000000000000 labels": {"labels": lambda f, n: f.create_dataset(n, (10**12,), "i8")},
+        "train/images lies in another file": {"images": lambda f, n: f.create_virtual_dataset(n, layout)},
+        "images lies in another file": {
+            "images": lambda f, n: f.create_dataset(n, (20, 40, 40, 3), "u1", external=external)},
+        "labels lies in another file": {
+            "labels": lambda f, n: f.__setitem__(n, h5py.ExternalLink("other.h5", "train/labels"))},
+    }
+    for number, (message, parts) in enumerate(cases.items()):
+        with pytest.raises(UserError, match=message):
+            sources.find(hostile_hdf5(tmp_path / f"{number}.h5", **parts))
+    assert sources.find(hostile_hdf5(tmp_path / "sound.h5")).classes == ["a", "b"]
+
+
+def test_packed_files_that_unpack_to_more_than_they_may_are_damaged(no_network, tmp_path):
+    """300 MB of zeros in 300 KB."""
+    raw = sources.DOWNLOADS / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for name, _ in datasets.FashionMNIST.resources:
+        (raw / name).write_bytes(gzip.compress(bytes(300_000_000), 1))
+    with pytest.raises(UserError, match=r"is damaged .more than 268,435,456 bytes"):
+        sources.find("fashion-mnist")
