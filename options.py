@@ -10,7 +10,7 @@ import torch
 
 import checkpoints
 from checkpoints import LAYERS
-from checkpoints.run import read_config
+from checkpoints.run import LAST, PREVIOUS, read_config
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
@@ -24,26 +24,30 @@ DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5, "lr": 0.01}  # but f
 SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
 INIT_DEFAULTS = {"epochs": 30, "lr": 0.001}  # weights that have learnt already move a tenth as fast
 FEW, FEW_BATCH = 2560, 32  # fewer training pictures than 20 batches of 128
-RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt")
-CHANGEABLE = {"epochs", "max_steps", "workers", "device", "download", "out", "resume"}  # with --resume
+RUN_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt")
+# With --resume.
+CHANGEABLE = {
+    "epochs", "max_steps", "workers", "device", "download", "checkpoint_minutes", "skip_bad_records", "out", "resume",
+}
 # AlexNet's options, by their names there. --init brings them with it.
 NET = (
     "image_size", "columns", "order", "activation", "lrn", "overlapping_pool", "lrn_alpha", "lrn_k", "lrn_across",
 )
 
 
-def parse(argv) -> Namespace:
-    """The arguments; with --resume those of the run, but for the few that may change; with --init its net's."""
+def parse(argv, interrupted: Path | None = None) -> Namespace:
+    """The arguments; with --resume those of the run, but for the few that may change; with --init its net's.
+    interrupted: a run's folder that is resumed, whatever argv says of --out and --resume."""
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("data", "init"):  # whatever the folder in which --resume is called
         setattr(args, name, os.path.realpath(getattr(args, name)) if getattr(args, name) else None)
-    args.out = Path(args.out) if args.out else None
+    args.out = interrupted or (Path(args.out) if args.out else None)
     unset = object()  # argparse leaves alone what the namespace has already, unless the option is given
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
-    if args.resume:
-        return resumed(args, given)
+    if args.resume or interrupted:
+        return resumed(args, {name: value for name, value in given.items() if name != "out"})
     if args.init:
         take_over_net(args, given)
     if args.freeze and not args.init:
@@ -54,21 +58,24 @@ def parse(argv) -> Namespace:
 
 def resumed(args: Namespace, given: dict) -> Namespace:
     """The arguments of the run in --out, or of the newest one, with those given that may change."""
-    last = args.out / "last.pt" if args.out else checkpoints.newest("last.pt")
-    if last is None or not last.exists():
-        raise UserError(
-            f"nothing to resume: no {last or checkpoints.FOLDER / '*' / 'last.pt'}; start without --resume"
-        )
-    stored = read_config(last.parent)["arguments"]
+    folder = args.out
+    if folder is None:
+        last = checkpoints.newest(LAST) or checkpoints.newest(PREVIOUS)
+        folder = last.parent if last else checkpoints.FOLDER / "*"
+    if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
+        raise UserError(f"nothing to resume: no {folder / LAST}; start without --resume")
+    stored = read_config(folder)["arguments"]
     if stored.get("drops"):
         stored["patience"] = None  # it has none
     packed_from = stored.get("packed_from", {})
+    if "data" in given and given["data"] not in (stored.get("data"), packed_from.get("data")):
+        stored["data"] = given["data"]  # the store was moved: settle() looks whether it is the same
     for name, value in given.items():
-        if name not in CHANGEABLE and value not in (stored.get(name), packed_from.get(name), "auto"):
-            raise UserError(f"{worded(name, value)}: {last.parent} was started {before(name, stored.get(name))}; leave "
+        if name not in {*CHANGEABLE, "data"} and value not in (stored.get(name), packed_from.get(name), "auto"):
+            raise UserError(f"{worded(name, value)}: {folder} was started {before(name, stored.get(name))}; leave "
                             "the option out, or start a new run")
     changed = {name: value for name, value in given.items() if name in CHANGEABLE}
-    return Namespace(**{**vars(args), **stored, **changed, "out": last.parent, "resume": True})
+    return Namespace(**{**vars(args), **stored, **changed, "out": folder, "resume": True})
 
 
 def flag(name: str) -> str:
@@ -193,6 +200,10 @@ def _add_machine(group) -> None:
     group.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     group.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
     group.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    group.add_argument("--checkpoint-minutes", type=number(0), default=10, metavar="M",
+                       help="write last.pt this often within an epoch, and after each (default: %(default)s)")
+    group.add_argument("--skip-bad-records", type=whole(0), default=0, metavar="N",
+                       help="replace up to N damaged records by others, and report them (default: %(default)s: stop)")
     group.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps from the very start")
 
 

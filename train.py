@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import processes
 import utils
 from checkpoints import describe_net, freeze, load_checkpoint, new_net, take_weights
 from checkpoints.run import (
@@ -50,37 +51,35 @@ from options import FEW, NET, parse, settle
 from recipe import Schedule, make_optimizer, set_rate
 from utils import Diverged, Progress, UserError, duration, run_script, shown
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
-SAVE_SECONDS = 600  # last.pt is written this often in mid-epoch
 STUCK_STEPS = 500  # from here on a loss that is still ln(classes) is warned of
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
+    args = parse(argv, processes.interrupted_run())
     device = utils.pick_device(args.device)
-    watch = Watch(device, *join_processes(device))
-    store, fallback = open_store(args, watch)
-    settle(args, store, device, watch.world)
-    run = set_up(args, store, watch)
-    if args.resume:
-        load_last(run, device)
-        if is_over(run):
-            watch.say(f"nothing left to do\n{conclusion(run, 0)}")
-            if watch.world > 1:
-                leave_together(0)
-            return 0
+    watch = Watch(device, *processes.join(device))
+    with processes.ending_together(watch.world):
+        store, fallback = open_store(args, watch)
+        settle(args, store, device, watch.world)
+        processes.agree(args, store)
+        run = set_up(args, store, watch)
+        if args.resume:
+            watch.warn(load_last(run, device))
+            if is_over(run):
+                watch.say(f"nothing left to do\n{conclusion(run, 0)}")
+                return processes.leave(0)
 
-    if watch.world > 1:
-        dist.barrier()  # every process has looked at the folder before the first one writes
-    with run_folder(run, device, watch.rank, watch.world) as warning, watch:
-        watch.warn(warning)
-        watch.say(describe(run, watch))
-        status = fit(run, watch)
-    watch.say(conclusion(run, status))
-    watch.warn(fallback)
-    if watch.world > 1:
-        leave_together(status)
-    return status
+        processes.wait()  # every process has looked at the folder before the first one writes
+        with run_folder(run, device, watch.rank, watch.world) as warning, watch:
+            processes.remember_run(args.out)
+            watch.warn(warning)
+            watch.say(describe(run, watch))
+            status = fit(run, watch)
+        watch.say(conclusion(run, status))
+        watch.warn(fallback)
+        return processes.leave(status)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -90,7 +89,8 @@ def fit(run: Training, watch: "Watch") -> int:
     """Train until the schedule, --epochs, --max-steps or a signal ends it. Returns the exit status."""
     args, device = run.args, watch.device
     # Rounded up, so that no process is left without a worker.
-    train, val = (Loader(run.store, split, device, -(-args.workers // watch.world)) for split in ("train", "val"))
+    how = {"workers": -(-args.workers // watch.world), "skip_bad": args.skip_bad_records}
+    train, val = (Loader(run.store, split, device, **how) for split in ("train", "val"))
     inputs = training_inputs(args, run.store, device)
     watch.warn(train.shared_memory_trouble(args.batch_size * args.image_size**2 * 3))
     model = run.net if watch.world == 1 else DistributedDataParallel(run.net, gradient_as_bucket_view=True)
@@ -103,7 +103,10 @@ def fit(run: Training, watch: "Watch") -> int:
             if watch.rank == 0:
                 save_last(run)
             return 128 + stop
-        finish_epoch(run, validate(run, val, inputs, watch), watch)
+        entry = validate(run, val, inputs, watch)
+        if args.skip_bad_records:
+            entry |= replaced_records(args, train, val)
+        finish_epoch(run, entry, watch)
     return 0
 
 
@@ -147,7 +150,7 @@ def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: "Wa
 
             note = look(run, sums, watch) if state.step % LOOK_EVERY == 0 else ""
             progress.update(args.batch_size, note)
-            stop, save = watch.decide(state.step)
+            stop, save = watch.decide(state.step, 60 * args.checkpoint_minutes)
             if stop:
                 break
             if save:
@@ -224,6 +227,16 @@ def watch_activations(net: torch.nn.Module, watch: "Watch") -> dict[str, float]:
     return values
 
 
+def replaced_records(args, *loaders: Loader) -> dict:
+    """For the log: the damaged records that were replaced so far, in all processes. Raises UserError where there are
+    more than --skip-bad-records."""
+    found = processes.united({f"{loader.split} {index}" for loader in loaders for index in loader.bad})
+    if len(found) > args.skip_bad_records:
+        raise UserError(f"{len(found)} damaged records in all processes, more than --skip-bad-records "
+                        f"{args.skip_bad_records}: {', '.join(found)}; copy or pack the store again")
+    return {"replaced_records": found} if found else {}
+
+
 def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
     """Log, and where the epoch is whole: move the schedule. Write the checkpoints."""
     args, state, schedule = run.args, run.state, run.schedule
@@ -234,6 +247,8 @@ def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
         state.epoch, state.step_in_epoch, state.loss_sum, state.wrong = state.epoch + 1, 0, 0.0, 0.0
     entry |= watch.times()
     watch.say(summary(run, entry))
+    if found := entry.get("replaced_records"):
+        watch.warn_once(f"{len(found)} replaced", f"damaged records, replaced by others: {', '.join(found)}")
     if watch.rank == 0:
         append_line(args.out / "log.jsonl", entry)
         if whole:
@@ -247,14 +262,15 @@ def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
 class Watch:
     """What accompanies the loop: what is said, signals, clocks, and what all processes agree on.
 
-    SIGTERM and Ctrl-C are noted, and the loop stops in good order; a second one ends the process at once.
+    SIGTERM, Ctrl-C and SIGUSR1 (preemption) are noted, and the loop stops in good order; a second signal ends the
+    process at once.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1):
         self.device, self.rank, self.world, self.received, self.warned = device, rank, world, 0, set()
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_):
@@ -308,13 +324,13 @@ class Watch:
             dist.all_reduce(sums)
         return sums
 
-    def decide(self, step: int) -> tuple[int, bool]:
-        """(a signal or 0, whether to save), the same in all processes. On GPUs they ask each other at the looks only,
-        because asking waits for the device."""
-        looking = step % LOOK_EVERY == 0
-        stop, save = self.received, looking and time.monotonic() - self.saved > SAVE_SECONDS
+    def decide(self, step: int, save_every: float) -> tuple[int, bool]:
+        """(a signal or 0, whether to save), the same in all processes. On GPUs they save and ask each other at the
+        looks only, because both wait for the device. save_every: seconds."""
+        looking = step % LOOK_EVERY == 0 or self.device.type == "cpu"
+        stop, save = self.received, looking and time.monotonic() - self.saved > save_every
         if self.world > 1:
-            if self.device.type == "cuda" and not looking:
+            if not looking:
                 return 0, False
             flags = torch.tensor([stop, save], device=self.device)
             dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -325,27 +341,6 @@ class Watch:
 
 
 # ---------------------------------------------------------------------------------------------- setting up
-
-
-def join_processes(device: torch.device) -> tuple[int, int]:
-    """(rank, number of processes); joins torchrun's group where there is one."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_together(status: int) -> None:
-    """End this process when all of them have come this far. Not by way of Python: there gloo's threads now and then
-    abort ("terminate called without an active exception"), and torchrun then kills the others."""
-    dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def open_store(args, watch: Watch) -> tuple[Store, str]:
@@ -501,6 +496,9 @@ def conclusion(run: Training, status: int) -> str:
     lines = [f"done: {state.step} steps, {reached}", f"in {out}: best.pt, last.pt, log.jsonl, curves.png"]
     if not run.schedule.finished and state.epoch < run.args.epochs:
         lines.append(f"go on:   {resume}")
+    replaced = next((entry.get("replaced_records") for entry in read_log(run.args.out / "log.jsonl")[-1:]), None)
+    if replaced:
+        lines.append(f"damaged records, replaced by others: {', '.join(replaced)}")
     return "\n".join([*lines, f"test it: python test.py {out}/best.pt --ten-crop"])
 
 

@@ -39,21 +39,26 @@ class Parser(argparse.ArgumentParser):
 def run_script(main) -> None:
     """Run main(argv) as a script: a UserError becomes one line on stderr and exit status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    status = 2
     try:
         if "" in sys.argv:
             raise UserError("one of the arguments is empty; is a variable not set?")
         status = main(sys.argv[1:])
-    except UserError as error:
-        text = " ".join(str(error).split())
-        print("error:", text if text.isprintable() else ascii(text)[1:-1], file=sys.stderr)
-    except OSError as error:  # disk full, no permission, ...
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; put that right and run the command again", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        status = 130
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        status = report(error)
     sys.exit(status)
+
+
+def report(error: BaseException) -> int:
+    """Print one line on stderr about a UserError, OSError or Ctrl-C. Returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return print("stopped", file=sys.stderr) or 130
+    text = " ".join(str(error).split())
+    if not isinstance(error, UserError):  # disk full, no permission, ...
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}; put that right and run the command again"
+    start = f"error in process {os.environ.get('RANK')}:" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "error:"
+    print(start, text if text.isprintable() else ascii(text)[1:-1], file=sys.stderr, flush=True)
+    return 2
 
 
 def shown(path: Path) -> str:
@@ -201,21 +206,11 @@ def evaluate(members, batches):
     return sums
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint, whole or not at all. Raises Diverged where a weight is not finite; the old file stays."""
-    import torch
-
-    for name, tensor in checkpoint["model"].items():
-        if not torch.isfinite(tensor).all():
-            raise Diverged(f"{name} is no longer finite at step {checkpoint['step']}; {path} was not written")
-    with replacing(path) as file:
-        torch.save(checkpoint, file)
-
-
 @contextmanager
-def replacing(path: Path):
+def replacing(path: Path, ready=None):
     """A binary file to write that takes the place of `path`, or of what a link there leads to, once it is whole and on
-    the disk. Where that fails, or where there is a device or a folder, what was there stays and UserError says why."""
+    the disk, and ready(its path), the last thing before that, has raised no ValueError. Where that fails, or where
+    there is a device or a folder, what was there stays and UserError says why."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file and is left as it is; name a file")
@@ -225,10 +220,15 @@ def replacing(path: Path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what ready() reads comes from the disk
+        if ready:
+            ready(unfinished)
         unfinished.replace(path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        reason = getattr(error, "strerror", None) or "torch could not write all of it"
+    except (OSError, RuntimeError, ValueError) as error:  # torch reports a failed write as RuntimeError
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or "what was written does not read back"
         free = shutil.disk_usage(path.parent).free // 1_000_000 if path.parent.exists() else 0
         raise UserError(f"{path} could not be written: {reason}; {free} MB are free there") from None
     finally:

@@ -5,8 +5,11 @@ This is the one place that knows kinds of nets: AlexNet, and the nets of convert
 
 import importlib.util
 import json
+import os
 import pickle
+import struct
 import warnings
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from data.augment import Augment
 from data.pictures import SHORTER_SIDE, WARPED, to_square
 from model import AlexNet
-from utils import UserError, one_line
+from utils import Diverged, UserError, one_line, replacing
 
 FOLDER = Path(__file__).resolve().parent
 KEYS = (
@@ -38,7 +41,7 @@ def newest(name: str) -> Path | None:
     return max(FOLDER.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------- files
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> dict:
@@ -63,6 +66,8 @@ def _read_pt(path: Path, device) -> dict:
     if path.suffix.lower() == ".onnx":
         raise UserError(f"{path} is for ONNX Runtime and the like; here take the checkpoint that it was made of")
     try:
+        if zipfile.is_zipfile(path):  # other files are for torch to refuse
+            check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
             return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
@@ -71,6 +76,46 @@ def _read_pt(path: Path, device) -> dict:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise UserError(f"{path}: {device} has too little free memory to load it") from None
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError where a .pt file is damaged: its parts carry CRC-32s, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            if packed or sum(part.file_size for part in parts) > path.stat().st_size:
+                raise ValueError("it claims to hold more than it does")
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, struct.error) as error:
+        raise ValueError(one_line(error)) from None
+    if damaged:
+        raise ValueError(f"the checksum of its part {damaged} does not match")
+
+
+def save_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+    """Write a checkpoint, whole or not at all, and read it back; what was there becomes `previous`. Raises Diverged
+    where a weight is not finite, UserError where it can't be written; the old file stays."""
+    for name, tensor in checkpoint["model"].items():
+        if not torch.isfinite(tensor).all():
+            raise Diverged(f"{name} is no longer finite at step {checkpoint['step']}; {path} was not written")
+
+    def ready(written: Path) -> None:
+        check_archive(written)
+        if previous and path.exists():
+            keep_as(path, previous)
+
+    with replacing(path, ready) as file:
+        torch.save(checkpoint, file)
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Give a file a second name, or where the file system has no hard links, that name instead."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        path.replace(name)
 
 
 def _read_safetensors(path: Path, device) -> dict:

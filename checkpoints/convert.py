@@ -13,15 +13,16 @@ its name; code in it is never run. --help lists the options.
 import math
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoints import KEYS, MEAN, caffe_net, torchvision_net
+from checkpoints import KEYS, MEAN, caffe_net, check_archive, save_checkpoint, torchvision_net
 from data.pictures import SHORTER_SIDE, WARPED
 from data.trees import ilsvrc_wnids
-from utils import Parser, UserError, one_line, run_script, save_checkpoint, shown
+from utils import Parser, UserError, one_line, run_script, shown
 
 CAFFE_OPTIONS = {"columns": 2, "image_size": 227, "lrn_across": True}
 CAFFE_ORDER = (
@@ -120,6 +121,8 @@ def read_state(path: Path) -> dict:
     """A state_dict, or the one within a checkpoint of torchvision's training script. Runs no code from the file."""
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
+            if zipfile.is_zipfile(path):
+                check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds code, which is not run") from None
@@ -226,7 +229,7 @@ def read_mean(file: str) -> torch.Tensor:
         raise UserError(f"--mean {file}: no such file")
     if Path(file).suffix == ".npy":
         try:
-            array = np.load(file, allow_pickle=False)
+            array = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: no memory for what it only claims
         except Exception as error:  # numpy's reader raises nearly anything on damaged files
             raise UserError(f"--mean {file} cannot be read: {one_line(error)}") from None
         array = array if isinstance(array, np.ndarray) else np.array(0)  # a .npz in disguise

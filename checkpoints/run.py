@@ -1,5 +1,5 @@
-"""A run of train.py: what it is made of, and its folder: config.json, log.jsonl, last.pt, best.pt, conv1.npy,
-curves.png."""
+"""A run of train.py: what it is made of, and its folder: config.json, log.jsonl, last.pt, previous.pt, best.pt,
+conv1.npy, curves.png."""
 
 import fcntl
 import itertools
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import zlib
 from argparse import Namespace
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -17,13 +18,13 @@ import torch
 from torch import nn
 
 import checkpoints
-from checkpoints import layer_called, load_checkpoint
+from checkpoints import check_archive, layer_called, load_checkpoint, save_checkpoint
 from data.store import Store
 from recipe import Schedule
-from utils import UserError, one_line, replacing, save_checkpoint, write_text
+from utils import UserError, one_line, replacing, write_text
 
 ROOT = checkpoints.FOLDER.parent
-KERNELS = "conv1.npy"
+KERNELS, LAST, PREVIOUS = "conv1.npy", "last.pt", "previous.pt"
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Training:
     schedule: Schedule
     kernels: str  # what kernels.accelerate chose
     state: State = field(default_factory=State)
+    last_is_sound: bool = True  # else previous.pt has to stay
 
     @property
     def steps_per_epoch(self) -> int:
@@ -142,14 +144,25 @@ def read_config(out: Path) -> dict:
     try:
         config = json.loads((out / "config.json").read_text())
         dict(config["arguments"]), config["fingerprint"], config["kernels"]
-    except (OSError, ValueError, KeyError, TypeError):
+        changed = config.get("checksum", checksum(config)) != checksum(config)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None
+    if changed:
+        raise UserError(f"{out / 'config.json'} was changed since train.py wrote it, or is damaged: put it right, or "
+                        "remove its \"checksum\" to take it as it is")
     return config
+
+
+def checksum(config: dict) -> int:
+    """Of a config.json, but for this number itself."""
+    rest = {name: value for name, value in config.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def write_config(run: Training, config: dict) -> None:
     arguments = {k: v for k, v in vars(run.args).items() if k not in ("out", "resume", "max_steps")}
-    write_text(run.args.out / "config.json", json.dumps(config | {"arguments": arguments}, indent=1) + "\n")
+    config = config | {"arguments": json.loads(json.dumps(arguments))}
+    write_text(run.args.out / "config.json", json.dumps(config | {"checksum": checksum(config)}, indent=1) + "\n")
 
 
 def portable(path: Path) -> str:
@@ -201,7 +214,7 @@ def keep_kernels(run: Training) -> None:
     before = np.empty((0, *now.shape[1:]), np.float16)
     if run.state.epoch:
         with suppress(OSError, ValueError, EOFError):  # missing or damaged: from here on
-            before = np.load(run.args.out / KERNELS, allow_pickle=False)[: run.state.epoch]
+            before = np.load(run.args.out / KERNELS, mmap_mode="r", allow_pickle=False)[: run.state.epoch]
     with replacing(run.args.out / KERNELS) as file:
         np.save(file, np.concatenate([before, now]))
 
@@ -211,16 +224,28 @@ def save_best(run: Training) -> None:
 
 
 def save_last(run: Training) -> None:
-    """last.pt has also what --resume needs."""
+    """last.pt has also what --resume needs; the one before becomes previous.pt."""
     more = {
         "optimizer": run.optimizer.state_dict(), "schedule": asdict(run.schedule), "state": asdict(run.state),
     }
-    save_checkpoint(run.args.out / "last.pt", checkpoint(run) | more)
+    previous = run.args.out / PREVIOUS if run.last_is_sound else None
+    save_checkpoint(run.args.out / LAST, checkpoint(run) | more, previous)
+    run.last_is_sound = True
 
 
-def load_last(run: Training, device: torch.device) -> None:
-    """Take up the state of --out's last.pt."""
-    path = run.args.out / "last.pt"
+def last_sound(out: Path) -> Path:
+    """A run's last.pt; where that is missing or damaged previous.pt, if there is one."""
+    try:
+        check_archive(out / LAST)
+    except (OSError, ValueError):
+        if (out / PREVIOUS).exists():
+            return out / PREVIOUS
+    return out / LAST
+
+
+def load_last(run: Training, device: torch.device) -> str:
+    """Take up the state of --out's last.pt, or previous.pt. Returns a warning or ""."""
+    path = last_sound(run.args.out)
     last = load_checkpoint(path, device)
     if not {"optimizer", "schedule", "state"} <= set(last):
         raise UserError(f"{path} holds weights only and cannot be resumed; --init {path} starts a new run from them")
@@ -232,6 +257,10 @@ def load_last(run: Training, device: torch.device) -> None:
         run.schedule, run.state = Schedule(**last["schedule"]), State(**last["state"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {one_line(error)}") from None
+    run.last_is_sound = path.name == LAST
+    return "" if run.last_is_sound else (
+        f"{run.args.out / LAST} is damaged or missing: this run goes on from {PREVIOUS}, step {run.state.step}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- log and curves

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoints
 import utils
 from data.augment import Augment, epoch_tables
 from data.loader import Loader
@@ -192,7 +193,7 @@ def save(path: Path, net: nn.Module, optimizer, pictures: Pictures, epoch: int, 
     """Keep what goes on after `epoch` epochs. Raises Diverged."""
     if not all(parameter.isfinite().all() for parameter in net.parameters()):
         raise Diverged(f"the weights are no longer finite after epoch {epoch}")
-    utils.save_checkpoint(path, {
+    checkpoints.save_checkpoint(path, {
         "model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
         "fingerprint": pictures.fingerprint, **more,
     })

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import checkpoints
 import utils
 from checkpoints.run import append_line, environment, read_log
 from data import pack, sources
@@ -227,7 +228,7 @@ def start(folder: Path, store: Store, device, network: str, act: str, optimizer_
 
 
 def save(run: Run) -> None:
-    utils.save_checkpoint(run.folder / "last.pt", {
+    checkpoints.save_checkpoint(run.folder / "last.pt", {
         "model": run.net.state_dict(), "optimizer": run.optimizer.state_dict(), "config": run.net.config,
         "fingerprint": run.store.fingerprint, **{name: getattr(run, name) for name in STATE},
     })

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train
 from checkpoints.run import read_log
+from data.store import Store
 
 ROOT = Path(train.__file__).parent
 
@@ -77,3 +79,12 @@ def streaming(store, out, *more):
 def content(folder: Path) -> dict[str, bytes]:
     """The files below a folder, by their paths."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def damage(folder, split, *indices):
+    """Flip a bit in the pixels of these records."""
+    file = folder / f"{split}-00000" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    for picture in Store(folder).split(split).read(np.array(indices))[0]:
+        content[bytes(content).index(picture.tobytes()) + 1000] ^= 1
+    file.write_bytes(content)

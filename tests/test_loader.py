@@ -3,10 +3,12 @@
 import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+from helpers import damage
 
 from data.augment import epoch_tables
 from data.loader import RESIDENT_BYTES, SHARED, Loader, default_workers
@@ -102,9 +104,41 @@ def test_damage_met_while_streaming_is_one_line(jpeg_store, tmp_path, workers):
     where = bytes(content).index(b"ALX1") + 200
     content[where] ^= 0xFF
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"picture \d+: the record's checksum") as caught:
+    with pytest.raises(UserError, match=r"picture \d+ \(train-00000, key \d+\): the record's checksum") as caught:
         list(Loader(Store(copy), "train", workers=workers, resident=False).batches(np.split(np.arange(96), 4)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_damaged_records_are_replaced_and_counted(store, tmp_path, workers):
+    """Resident or streaming, the same batches; one more than are allowed stops the reading."""
+    copy = shutil.copytree(store.path, tmp_path / "copy")
+    images, labels = store.split("train").read(np.arange(96))
+    damage(copy, "train", 30, 70)
+    plan = np.split(np.arange(96), 4)
+    how = {"workers": workers or 0, "resident": workers is None}
+    loader = Loader(Store(copy), "train", skip_bad=2, **how)
+    found = [torch.cat(part).numpy() for part in zip(*loader.batches(plan), strict=True)]
+    by = np.arange(96)
+    by[[30, 70]] = 31, 71
+    assert np.array_equal(found[0], images[by])
+    assert np.array_equal(found[1], labels[by])
+    assert np.array_equal(loader.every_label, labels if workers is not None else labels[by])
+    assert sorted(loader.bad) == [30, 70]
+    with pytest.raises(UserError, match="more than 1 damaged records in train, picture 30 the first"):
+        list(Loader(Store(copy), "train", skip_bad=1, **how).batches(plan))
+    with pytest.raises(UserError, match=r"picture 30 \(train-00000, key 30\): the record's checksum"):
+        list(Loader(Store(copy), "train", **how).batches(plan))
+
+
+def test_a_worker_that_is_killed_is_one_line(store, monkeypatch):
+    def killed(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    loader = Loader(store, "train", workers=1, resident=False)
+    monkeypatch.setattr(loader.records, "read", killed)
+    with pytest.raises(UserError, match=r"a process that reads pictures has ended: DataLoader worker"):
+        list(loader.batches([np.arange(8)]))
 
 
 def test_too_little_shared_memory_is_told(store, monkeypatch):

@@ -36,7 +36,7 @@ def test_stop_and_resume_equals_an_unbroken_run(store, ten_steps, tmp_path, stop
 
 
 def test_what_a_run_leaves_behind(store, run_folder):
-    files = ["best.pt", "config.json", "conv1.npy", "curves.png", "last.pt", "log.jsonl"]
+    files = ["best.pt", "config.json", "conv1.npy", "curves.png", "last.pt", "log.jsonl", "previous.pt"]
     assert sorted(p.name for p in run_folder.iterdir()) == files
     (entry,) = runs.read_log(run_folder / "log.jsonl")
     assert set(entry) == {
@@ -90,6 +90,10 @@ def test_kernels_and_resume(run_folder, tmp_path, capsys):
     assert config["kernels"].startswith("LRN compiled from kernels.c")
     config["kernels"] = "LRN by hand"
     (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r'config.json was changed since train.py wrote it, .* remove its "checksum"'):
+        resume(out, "--epochs", 2)
+    del config["checksum"]
+    (out / "config.json").write_text(json.dumps(config))
     resume(out, "--epochs", 2, "--max-steps", 7)
     assert "warning: this run had: LRN by hand; now: LRN compiled from kernels.c" in capsys.readouterr().err
 
@@ -126,7 +130,7 @@ def test_a_death_between_log_and_checkpoint_leaves_one_line_an_epoch(store, tmp_
     already, and is written anew."""
     out, options = tmp_path / "run", ("--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(train.Watch, "decide", lambda _, step: (15 if step == 6 else 0, False))
+        patch.setattr(train.Watch, "decide", lambda _, step, save_every: (15 if step == 6 else 0, False))
         assert run(store, out, *options) == 143
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_last", lambda _: 1 / 0)
@@ -177,28 +181,68 @@ def test_a_full_disk_at_the_start_leaves_nothing(store, tmp_path, monkeypatch):
 def test_a_changed_store_is_refused(run_folder, tmp_path):
     out = shutil.copytree(run_folder, tmp_path / "run")
     other = pack.pack(small_source(counts=(80, 20, 20)), tmp_path / "other")
-    config = json.loads((out / "config.json").read_text())
-    config["arguments"]["data"] = str(other.path)
-    (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has changed since"):
-        resume(out)
+        resume(out, "--data", other.path)
+
+
+def test_a_store_that_was_moved_is_named_with_resume(store, run_folder, tmp_path):
+    """--data may then be another path, and is kept."""
+    out, moved = shutil.copytree(run_folder, tmp_path / "run"), shutil.copytree(store.path, tmp_path / "moved")
+    resume(out, "--data", moved, "--epochs", 2, "--max-steps", 7)
+    resume(out, "--max-steps", 8)
+    assert json.loads((out / "config.json").read_text())["arguments"]["data"] == str(moved)
 
 
 def test_last_pt_is_written_in_mid_epoch_too(store, tmp_path, monkeypatch):
-    """At each look once SAVE_SECONDS have passed."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(train, "LOOK_EVERY", 2)
+    """As often as --checkpoint-minutes says; the one before stays as previous.pt."""
     saved = []
     real = runs.save_checkpoint
 
-    def save(path, content):
+    def save(path, content, *more):
         saved.append(content["step"])
-        real(path, content)
+        real(path, content, *more)
 
     monkeypatch.setattr(runs, "save_checkpoint", save)
-    run(store, tmp_path / "run", "--epochs", 1)
-    assert {0, 2, 4, 6} <= set(saved)
+    run(store, tmp_path / "run", "--epochs", 1, "--checkpoint-minutes", 0.0001)
+    assert saved == [0, 1, 2, 3, 4, 5, 6, 6, 6]  # after the last step; best.pt and last.pt of the epoch
+    assert load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
+    assert load(tmp_path / "run" / "previous.pt")["state"]["epoch"] == 0
     assert time.time() - (tmp_path / "run" / "last.pt").stat().st_mtime < 60
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "zeros", "gone", "text"])
+def test_a_damaged_last_pt_is_told_and_the_one_before_taken(store, ten_steps, tmp_path, capsys, damage):
+    """Any flipped bit of the weights is found; the run ends in the weights of one that nothing happened to, and
+    previous.pt stays until there is a sound last.pt again."""
+    out = tmp_path / "run"
+    run(store, out, "--max-steps", 6)
+    run_on = ["--max-steps", 8]
+    resume(out, *run_on)
+    assert (load(out / "previous.pt")["step"], load(out / "last.pt")["step"]) == (6, 8)
+    content = bytearray((out / "last.pt").read_bytes())
+    if damage == "bit":
+        content[len(content) // 3] ^= 4
+    elif damage == "cut":
+        del content[-5000:]
+    elif damage == "zeros":
+        content[1000:2000] = bytes(1000)
+    (out / "last.pt").write_bytes(b"no checkpoint" if damage == "text" else content)
+    if damage == "gone":
+        (out / "last.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_last", lambda _: 1 / 0)  # killed before the first checkpoint
+        with pytest.raises(ZeroDivisionError):
+            resume(out, "--max-steps", 7)
+    assert load(out / "previous.pt")["step"] == 6
+    capsys.readouterr()
+    resume(out, "--max-steps", 10)
+    assert "last.pt is damaged or missing: this run goes on from previous.pt, step 6" in capsys.readouterr().err
+    assert_same_state(out, ten_steps)
+    assert load(out / "previous.pt")["step"] in (6, 8)
+    (out / "last.pt").write_bytes(content[:1000])
+    (out / "previous.pt").unlink()
+    with pytest.raises(UserError, match=r"last.pt is no checkpoint of this project, or is damaged"):
+        resume(out, "--max-steps", 12)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(store, tmp_path):

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import pictures
-from helpers import ROOT
+from helpers import ROOT, damage
 
 from data import encode, store
 from utils import UserError
@@ -20,6 +20,11 @@ from utils import UserError
 def copy(store, tmp_path):
     """A store to damage."""
     return shutil.copytree(store.path, tmp_path / "copy")
+
+
+def opened(folder):
+    file = (folder / "data.mdb").stat()
+    return store._environment(folder, file.st_size, file.st_mtime)
 
 
 def edit_manifest(folder, **changes):
@@ -85,7 +90,7 @@ def test_map_grows_while_writing(tmp_path, monkeypatch, build):
     for number, record in enumerate(records):
         writer.put(number, record)
     writer.close()
-    with store._environment(tmp_path / "shard").begin() as transaction:
+    with opened(tmp_path / "shard").begin() as transaction:
         assert [transaction.get(store.record_key(n)) for n in range(100)] == records
 
 
@@ -104,7 +109,7 @@ def test_a_shard_out_of_order_is_refused(tmp_path):
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert line == f"RuntimeError: {tmp_path / 'shard'}: record 0 does not come after the one before it"
-    with store._environment(tmp_path / "shard").begin() as transaction:
+    with opened(tmp_path / "shard").begin() as transaction:
         assert transaction.stat()["entries"] == 0
 
 
@@ -172,12 +177,12 @@ def test_a_damaged_record_is_named(copy):
     value = records.read(np.array([5]))[0][0].tobytes()
     content[bytes(content).index(value) + 100] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"picture 5: .*checksum.*--verify"):
+    with pytest.raises(UserError, match=r"picture 5 \(train-00000, key 5\): .*checksum.*--verify"):
         store.Store(copy).split("train").read(np.arange(10), check=True)
 
 
 def test_a_damaged_label_is_named_while_streaming(copy):
-    """Class 1 became class 0, one bit away; raw pixels alone are not checked then."""
+    """Class 1 became class 0, one bit away."""
     file = copy / "train-00000" / "data.mdb"
     content = bytearray(file.read_bytes())
     picture = store.Store(copy).split("train").read(np.array([5]))[0][0]
@@ -185,7 +190,7 @@ def test_a_damaged_label_is_named_while_streaming(copy):
     assert content[label] == 1
     content[label] = 0
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"picture 5: the record's header is damaged; .*--verify"):
+    with pytest.raises(UserError, match=r"picture 5 \(train-00000, key 5\): the record's header .*--verify"):
         store.Store(copy).split("train").read(np.arange(10))
 
 
@@ -196,6 +201,86 @@ def test_a_jpeg_records_checksum_is_always_compared():
     value[-1] ^= 1
     with pytest.raises(ValueError, match="checksum"):
         store.decode_record(bytes(value), check=False)
+
+
+TRUNCATED = """if True:
+    import os, sys
+    import numpy as np
+    from data.store import Store
+    from utils import run_script
+
+    def main(argv):
+        records = Store(argv[0]).split("train")
+        records.read(np.arange(2))
+        os.truncate(os.path.join(argv[0], "train-00000/data.mdb"), 40960)
+        if argv[1] == "in a read":  # after the look at its size
+            records.expected = [(40960, os.stat(os.path.join(argv[0], "train-00000/data.mdb")).st_mtime)]
+        records.read(np.arange(96))
+
+    run_script(main)"""
+
+
+@pytest.mark.parametrize(("when", "message"), [
+    ("in a read", "copy failed while it was read: its files were cut short"), ("between reads", "was changed while it"),
+])
+def test_a_store_that_is_cut_short_while_it_is_read_is_one_line(copy, when, message):
+    """Linux sends SIGBUS where a mapped file has no such page any more."""
+    done = subprocess.run([sys.executable, "-c", TRUNCATED, copy, when], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_other_crashes_stay_crashes(copy):
+    """The handlers that read a store let a SIGSEGV that is none of its own go where it went before."""
+    code = "import sys, ctypes, numpy as np; from data.store import Store; "
+    code += f"Store({str(copy)!r}).split('train').read(np.arange(2)); ctypes.string_at(1)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -11
+    assert "failed while it was read" not in done.stderr
+
+
+def test_damaged_records_are_replaced_where_that_is_wanted(copy):
+    """By the next sound one of the shard, with its label; the last by the first."""
+    images, labels = store.Store(copy).split("train").read(np.arange(96))
+    damage(copy, "train", 5, 6, 95)
+    bad = {}
+    found, found_labels = store.Store(copy).split("train").read(np.arange(96), check=True, bad=bad)
+    by = np.arange(96)
+    by[[5, 6, 95]] = 7, 7, 0
+    assert sorted(bad) == [5, 6, 95]
+    assert "checksum" in bad[6]
+    assert np.array_equal(found, images[by])
+    assert np.array_equal(found_labels, labels[by])
+
+
+@pytest.mark.parametrize(("part", "value"), [
+    ("classes", []), ("classes", [3]), ("image_size", 10**9), ("image_size", True), ("channels", 2), ("codec", "bmp"),
+    ("files", {"mean.npy": {"bytes": 3, "sha256": ""}, "../mean.npy": {"bytes": 3, "sha256": ""}}), ("files", 3),
+    ("shards", {"train": [{"folder": "..", "first": 0, "count": 1}]}), ("shards", {"train": [{"first": 0}]}),
+    ("shards", {"train": [{"folder": "train-00000", "first": 0, "count": 10**12}]}), ("shards", []),
+    ("channel_mean", [1]), ("channel_mean", [float("nan")] * 3), ("pca", {"eigenvalues": "x"}), ("wnids", ["n1"]),
+    ("unlabelled", "test"), ("name", 3), ("skipped", None),
+])
+def test_what_cannot_be_right_in_a_manifest_is_named(copy, part, value):
+    edit_manifest(copy, **{part: value})
+    with pytest.raises(UserError, match=rf"its {part}.* cannot be right"):
+        store.Store(copy)
+
+
+def test_a_manifest_as_deep_as_a_well_is_damaged(copy):
+    (copy / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="damaged"):
+        store.Store(copy)
+
+
+def test_a_mean_that_claims_to_be_huge_takes_no_memory(copy):
+    with open(copy / "mean.npy", "r+b") as file:
+        header = file.read(128).replace(b"(72, 72, 3)", b"(9999999, 72, 99)", 1)
+        file.seek(0)
+        file.write(header[:128])
+    with pytest.raises(UserError, match=r"mean.npy is damaged"):
+        store.Store(copy)
 
 
 def test_an_unknown_split_is_named(store):

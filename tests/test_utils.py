@@ -15,6 +15,7 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
+import checkpoints
 import utils
 from data.augment import Augment
 from data.loader import Loader
@@ -181,7 +182,7 @@ def test_unlabelled_pictures_add_nothing_to_the_loss():
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"the last sound one")
     with pytest.raises(UserError, match="w is no longer finite at step 7"):
-        utils.save_checkpoint(tmp_path / "x.pt", {"model": {"w": torch.tensor([1.0, float("nan")])}, "step": 7})
+        checkpoints.save_checkpoint(tmp_path / "x.pt", {"model": {"w": torch.tensor([1.0, float("nan")])}, "step": 7})
     assert (tmp_path / "x.pt").read_bytes() == b"the last sound one"
 
 
@@ -195,7 +196,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(UserError, match=r"No space left on device; \d+ MB are free"):
-                utils.save_checkpoint(tmp_path / "x.pt", {"model": {}, "step": 1})
+                checkpoints.save_checkpoint(tmp_path / "x.pt", {"model": {}, "step": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     assert (tmp_path / "x.pt").read_bytes() == b"the last sound one"
 

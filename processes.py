@@ -1,0 +1,139 @@
+"""Several processes of one training, started by torchrun: how they join, agree, end together and are started again.
+With one process all of this does nothing."""
+
+import os
+import sys
+import traceback
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import utils
+from utils import UserError
+
+FOLDER = "the run's folder"  # a key in torchrun's own key-value store, which outlives the processes
+MAY_DIFFER = ("data", "device", "download", "init", "out", "packed_from", "resume", "workers")  # between processes
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
+
+
+def join(device: torch.device) -> tuple[int, int]:
+    """(rank, number of processes); joins torchrun's group where there is one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1
+    how = {}
+    if _has_board():
+        # torch would meet at keys that are still there from before a restart, and connect to processes that are gone.
+        how = {"store": dist.PrefixStore(f"start {_restarts()}", _board()), "rank": rank, "world_size": world}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, **how)
+    else:
+        dist.init_process_group("gloo", **how)
+    return rank, world
+
+
+def agree(args, store) -> None:
+    """Raise UserError, the same in all processes, where one has another store or other arguments than the first."""
+    if not dist.is_initialized():
+        return
+    mine = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    mine["store"] = f"{store.name}, {store.fingerprint}"
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        for name in everyone[0] | theirs:
+            if theirs.get(name) != everyone[0].get(name):
+                raise UserError(f"process {rank} has another {name.replace('_', '-')} than process 0: "
+                                f"{theirs.get(name)}, not {everyone[0].get(name)}; start all with the same command "
+                                "and the same store")
+
+
+def wait() -> None:
+    """Until every process has come this far."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def united(found: set[str]) -> list[str]:
+    """What any process has found, sorted."""
+    everyone = [found]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+    return sorted(set().union(*everyone))
+
+
+# ---------------------------------------------------------------------------------------------- how they end
+
+
+@contextmanager
+def ending_together(world: int):
+    """An error ends one of several processes at once: the others find its connections closed, and end, too. Not by way
+    of Python, where gloo and NCCL wait for each other or abort."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if world == 1:
+            raise
+        if isinstance(error, UserError | OSError | KeyboardInterrupt):
+            status = utils.report(error)
+        elif isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
+            utils.report(UserError("another process of this run has ended; if it was not killed, it says why"))
+            status = 1
+        else:
+            traceback.print_exc()
+            status = 1
+        _end(status)
+
+
+def leave(status: int) -> int:
+    """Of one process: the status, to return. Of several: end this one when all have come this far."""
+    if dist.is_initialized():
+        dist.barrier()
+        _end(status)
+    return status
+
+
+def _end(status: int) -> None:
+    """At once. On Python's way out gloo's threads now and then abort ("terminate called without an active exception"),
+    and torchrun then kills the others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+# ---------------------------------------------------------------------------------------------- torchrun --max-restarts
+
+
+def interrupted_run() -> Path | None:
+    """Where torchrun has started its processes anew, after one of them failed: the folder of the run that they were
+    at, if it had one already."""
+    if not _has_board() or _restarts() == 0:
+        return None
+    board = _board()
+    return Path(board.get(FOLDER).decode()) if board.check([FOLDER]) else None
+
+
+def remember_run(folder: Path) -> None:
+    """For interrupted_run."""
+    if _has_board() and int(os.environ["RANK"]) == 0:
+        _board().set(FOLDER, str(folder.resolve()))
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _has_board() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _board() -> dist.TCPStore:
+    """torchrun's key-value store."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*place, is_master=False, timeout=timedelta(minutes=10))

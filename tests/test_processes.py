@@ -1,0 +1,136 @@
+"""processes.py: several processes agree with one, end together, and are started again."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, assert_same_state, command, environment, numbers, run
+from test_train import BF16
+
+import processes
+from utils import UserError
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def finished(arguments, **more):
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=120, **more)
+
+
+@pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-4), pytest.param("bf16", 2e-2, marks=BF16)])
+def test_two_processes_give_the_losses_of_one(precision, close, store, tmp_path):
+    """5 epochs of one step each, so that each line of the log is a step's loss; 21 validation images over two
+    processes are counted once each."""
+    options = ["--batch-size", "96", "--no-dropout", "--max-steps", "5", "--lr", "0.001", "--precision", precision]
+    done = finished([*TORCHRUN, *command(store, tmp_path / "two", *options)[1:]])
+    assert done.returncode == 0, done.stderr
+    run(store, tmp_path / "one", *options[2:], batch=96)
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], abs=close)
+        assert b["val_loss"] == pytest.approx(a["val_loss"], abs=close)
+        wrong = b["val_top1_error"] * 21 / 100
+        assert wrong == pytest.approx(round(wrong), abs=1e-6)
+        assert b["val_top1_error"] == pytest.approx(a["val_top1_error"], abs=100 / 21 + 1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_processes(store, tmp_path_factory):
+    """A run of 12 steps in two processes that nothing happened to."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    done = finished([*TORCHRUN, *command(store, out, "--batch-size", "16", "--epochs", "2")[1:]])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def kill_one(arguments, at: str) -> tuple[int, str, str, float]:
+    """Start torchrun, kill its second process once a line begins with `at`. Exit status, stdout, stderr, and the
+    seconds from the kill to the end."""
+    started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment())
+    said = ""
+    for line in started.stdout:
+        said += line
+        if line.startswith(at):
+            break
+    second = next(
+        int(folder.name) for folder in Path("/proc").glob("[0-9]*")
+        if str(started.pid) == parent_of(folder) and b"RANK=1" in (folder / "environ").read_bytes().split(b"\0")
+    )
+    os.kill(second, signal.SIGKILL)
+    began = time.monotonic()
+    out, err = started.communicate(timeout=120)
+    return started.returncode, said + out, err, time.monotonic() - began
+
+
+def parent_of(folder: Path) -> str:
+    try:
+        return (folder / "stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:  # it has ended
+        return ""
+
+
+def test_a_killed_process_ends_all_and_torchrun_goes_on(store, two_processes, tmp_path):
+    """Without --max-restarts all end within a minute, in one line; with it the run goes on by itself, in its own folder
+    without --out and --resume, and ends in the weights of a run that nothing happened to."""
+    options = ["--batch-size", "16", "--epochs", "2"]
+    status, _, err, seconds = kill_one([*TORCHRUN, *command(store, tmp_path / "run", *options)[1:]], "epoch  1")
+    assert status == 1
+    assert seconds < 60
+    assert "error in process 0: another process of this run has ended" in err
+    assert "in train_step" not in err  # no traceback of ours
+    arguments = ["--data", str(store.path), "--workers", "0", *options]
+    code = "import sys, pathlib, checkpoints, train; from utils import run_script\n"
+    code += f"checkpoints.FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+    code += f"sys.argv[1:] = {arguments!r}; run_script(train.main)"
+    restarting = [*TORCHRUN, "--max-restarts", "1", "--no-python", sys.executable, "-c", code]
+    status, out, err, _ = kill_one(restarting, "epoch  1")
+    assert status == 0, err
+    assert f"{tmp_path / 'small-1'}, from step " in out
+    assert len(list(tmp_path.glob("small-*"))) == 1
+    assert_same_state(tmp_path / "small-1", two_processes)
+    assert numbers(tmp_path / "small-1") == numbers(two_processes)
+
+
+def test_an_error_in_one_process_ends_both_with_its_message(store, tmp_path):
+    """The second process finds a damaged record in mid-epoch."""
+    code = "import os, sys, train, data.loader; from utils import UserError, run_script; real = train.train_step\n"
+    code += "def step(*a):\n    if os.environ['RANK'] == '1': raise UserError('picture 5: the checksum')\n"
+    code += f"    return real(*a)\ntrain.train_step = step; sys.argv[1:] = {command(store, tmp_path / 'run')[2:]!r}\n"
+    code += "sys.argv += ['--batch-size', '16']; run_script(train.main)"
+    began = time.monotonic()
+    done = finished([*TORCHRUN, "--no-python", sys.executable, "-c", code])
+    assert time.monotonic() - began < 60
+    assert done.returncode == 1  # torchrun's own
+    assert "error in process 1: picture 5: the checksum\n" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert "terminate called" not in done.stderr
+
+
+def test_processes_with_other_arguments_or_another_store_are_refused(store, jpeg_store, tmp_path):
+    words = {"lr": "0.01, not 0.02", "store": "jpeg, .*, not small, "}
+    for name, shell in (
+        ("lr", f"--data {store.path} --lr $(if [ $RANK = 1 ]; then echo 0.01; else echo 0.02; fi)"),
+        ("store", f"--data $(if [ $RANK = 1 ]; then echo {jpeg_store.path}; else echo {store.path}; fi)"),
+    ):
+        line = f"exec {sys.executable} train.py --out {tmp_path / 'run'} --batch-size 16 {shell}"
+        done = finished([*TORCHRUN, "--no-python", "bash", "-c", line])
+        pattern = f"error in process 0: process 1 has another {name} than process 0: {words[name]}"
+        assert re.search(pattern, done.stderr), done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_one_process_needs_none_of_this(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert processes.join("cpu") == (0, 1)
+    assert processes.interrupted_run() is None
+    assert processes.united({"b", "a"}) == ["a", "b"]
+    assert processes.leave(3) == 3
+    with pytest.raises(UserError), processes.ending_together(1):
+        raise UserError("as it is")
