@@ -4,13 +4,17 @@ import os
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 import utils
 from data.augment import epoch_tables
 from data.loader import Loader
+from data.pictures import printable
 from train import training_inputs
 from utils import UserError
 
 T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided, by n
+LEGEND = 20  # lines or classes that a legend tells apart; more are told apart by a scale of colours
 
 
 def results_file(name: str) -> Path:
@@ -82,3 +86,30 @@ def save_figure(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with utils.replacing(path) as file:
         figure.savefig(file, format="png", dpi=100)
+
+
+def colours(count: int) -> list:
+    """So many colours: matplotlib's ten where they do, else even steps of a colour map."""
+    if count <= 10:
+        return [f"C{number}" for number in range(count)]
+    from matplotlib import colormaps
+
+    return list(colormaps["turbo"](np.linspace(0, 1, count)))
+
+
+def add_key(figure, axes, count: int, scale: str, **options) -> None:
+    """Say at the right which of colours(count) is which: a legend of the axes' labels; a scale, which needs a name of
+    its own, where they are many. options: the legend's."""
+    if count <= LEGEND:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, **options)
+        return
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure.colorbar(ScalarMappable(Normalize(1, count), "turbo"), ax=figure.axes).set_label(scale)
+
+
+def plain(name: str) -> str:
+    """A name for matplotlib, drawn as it is: a dollar sign and an underscore at the start mean more to it."""
+    name = printable(name).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name

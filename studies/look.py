@@ -1,5 +1,5 @@
 """What a net sees: the computations behind studies.report. Nets are in eval mode, of any kind that a checkpoint holds;
-inputs are (n, 3, S, S) float32 as the net takes them, with the mean subtracted; a batch is (inputs, labels)."""
+inputs are (n, 3, S, S) float32 as the net takes them, with the mean subtracted."""
 
 from collections.abc import Iterable
 
@@ -35,12 +35,13 @@ def receptive_field(net: nn.Module, name: str) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def outputs(net: nn.Module, names: Iterable[str], inputs: Tensor) -> dict[str, Tensor]:
-    """What the layers of these names give for inputs, before their activations."""
+def outputs(net: nn.Module, names: Iterable[str], inputs: Tensor, of=lambda output: output.float().clone()) -> dict:
+    """of() of what the layers of these names give for inputs, before their activations, which may work in place: a
+    copy, if not told otherwise."""
     found, hooks = {}, []
     for name in names:
         def keep(_layer, _inputs, output, name=name):
-            found[name] = output.float().clone()  # activations may work in place
+            found[name] = of(output)
 
         hooks.append(layer_called(net, name).register_forward_hook(keep))
     net(inputs)
@@ -74,18 +75,18 @@ def saturation(kernels: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def strongest(net: nn.Module, names: list[str], batches, each: int = 9, units: int = 6) -> dict[str, list]:
-    """For the `units` most active kernels of each layer, those whose `each` strongest answers stand out furthest from
-    the kernel's usual maximum: [(kernel, [(picture, row, column), ...]), ...], one answer a picture."""
-    peaks, places = {name: [] for name in names}, {name: [] for name in names}
-    for inputs, _ in batches:
-        for name, output in outputs(net, names, inputs).items():
-            peak, place = output.flatten(2).max(2)
-            peaks[name].append(peak.cpu())
-            places[name].append(torch.stack([place // output.shape[3], place % output.shape[3]], 2).cpu())
+def strongest(net: nn.Module, names: Iterable[str], batches: Iterable[Tensor], each: int = 9, units: int = 6) -> dict:
+    """For the `units` kernels of each layer whose `each` strongest answers stand out furthest from the kernel's usual
+    maximum: {layer: [(kernel, [(picture, row, column), ...]), ...]}, one answer a picture. batches: of inputs."""
+
+    def peaks(output):
+        peak, place = output.flatten(2).max(2)
+        return peak.float().cpu(), torch.stack([place // output.shape[3], place % output.shape[3]], 2).cpu()
+
+    seen = [outputs(net, names, inputs, peaks) for inputs in batches]
     found = {}
     for name in names:
-        peak, place = torch.cat(peaks[name]), torch.cat(places[name])
+        peak, place = (torch.cat(part) for part in zip(*(batch[name] for batch in seen), strict=True))
         best = peak.topk(min(each, len(peak)), 0)
         contrast = (best.values.mean(0) - peak.mean(0)) / peak.std(0, correction=0).clamp_min(1e-12)
         contrast[best.values.mean(0) <= 0] = -1  # never passes a ReLU
