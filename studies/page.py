@@ -27,6 +27,7 @@ pre { overflow-x: auto; padding: .5rem; border: 1px solid var(--line) }
 figure { margin: 0; font-size: .85rem; overflow-wrap: anywhere }
 .bar { display: flex; justify-content: space-between; gap: .5rem; margin: 1px 0; padding: 0 .3rem }
 .bar { background: linear-gradient(90deg, #48c8 var(--share), #8882 0) }
+.bar span:last-child { white-space: nowrap }
 .true { font-weight: bold }
 @media print { section { break-inside: avoid } }
 """

@@ -84,9 +84,10 @@ def what(run: Run) -> str:
     lines.append(["epochs", str(len(run.log))])
     lines.append(["time", duration(sum(entry.get("seconds", 0) for entry in run.log))])
     if given:
-        lines.append(["machine", f"{config.get('device')}, {config.get('processes', 1)} x {config.get('threads')} "
-                      f"threads, {given.get('precision', 'fp32')}, torch {config.get('torch')}, commit "
-                      f"{config.get('commit') or 'unknown'}"])
+        count = config.get("processes", 1)
+        lines.append(["machine", f"{config.get('device')}, {count} process{'es' * (count != 1)} of "
+                      f"{config.get('threads')} threads, {given.get('precision', 'fp32')}"])
+        lines.append(["versions", f"torch {config.get('torch')}, commit {config.get('commit') or 'unknown'}"])
     unknown = "" if given else page.paragraph("Settings and machine are not known: config.json is missing or damaged.")
     return page.table(None, lines) + unknown
 
@@ -121,23 +122,25 @@ def curves(run: Run) -> str:
     """Loss, error, learning rate, and what activations have learnt, over epochs."""
     if not run.log:
         raise LeftOut("there is no finished epoch in log.jsonl")
+    pairs = zip(run.log, run.log[1:], strict=False)
+    drops = [after["epoch"] - 0.5 for before, after in pairs if after.get("lr", 0) < before.get("lr", 0)]
     drawings = []
     for what, name in (("loss", "loss"), ("top-1 error (%)", "top1_error"), ("learning rate", "lr")):
         figure = new_figure(3.4, 3)
-        axes = epochs_of(figure, what)
+        axes = axes_over_epochs(figure, what)
         if name == "lr":
-            axes.plot(*series(run, "lr"), ".-", ms=3, drawstyle="steps-mid")
+            axes.plot(*series(run, "lr"), "o-", ms=3, drawstyle="steps-mid")
             axes.set_yscale("log")
         else:
             axes.plot(*series(run, f"train_{name}"), "o--", ms=3, label="training (dropout, crops)")
             axes.plot(*series(run, f"val_{name}"), "s-", ms=3, label="validation")
             axes.set_ylim(0)
             axes.legend(fontsize=7)
-        for before, after in zip(run.log, run.log[1:], strict=False):
-            if after.get("lr", 0) < before.get("lr", 0):
-                axes.axvline(after["epoch"] - 0.5, color="0.6", ls=":")
+        for drop in drops:
+            axes.axvline(drop, color="0.6", ls=":")
         drawings.append(page.drawing(figure, f"curves-{name.replace('_', '-')}", f"{what} over epochs"))
-    return page.row(drawings) + page.paragraph("Dotted: the learning rate fell.") + learnt(run)
+    note = page.paragraph("Dotted: the learning rate fell." if drops else "The learning rate did not fall.")
+    return page.row(drawings) + note + learnt(run)
 
 
 def learnt(run: Run) -> str:
@@ -150,7 +153,7 @@ def learnt(run: Run) -> str:
     start = [value.item() for value in activation_parameters(activation(kind)).values()] if known else []
     epochs, count = [0] * len(start) + [entry["epoch"] for entry in run.log], len(values)
     figure = new_figure(7.5, 3.6)
-    axes = epochs_of(figure, "slope below 0" if kind == "prelu" else "b (should settle below 0)")
+    axes = axes_over_epochs(figure, "slope below 0" if kind == "prelu" else "b (should settle below 0)")
     for (name, found), colour in zip(values.items(), colours(count), strict=True):
         axes.plot(epochs, start + found, ".-", lw=1.2, color=colour, label=plain(name))
     if kind != "prelu":
@@ -173,25 +176,24 @@ def compared(run: Run, others: list[Run]) -> str:
     differ = sorted(name for name in shared if len({json.dumps(g[name]) for g in given if g}) > 1)
     lines = []
     figure = new_figure(7.5, max(3.6, 0.2 * len(runs)))
-    axes = epochs_of(figure, "top-1 error (%)")
+    axes = axes_over_epochs(figure, "top-1 error (%)")
     for (path, other), colour in zip(runs.items(), colours(len(runs)), strict=True):
-        name, lowest = name_among(path, runs), np.nanmin(series(other, "val_top1_error")[1])
+        name, lowest = name_among(path, runs), min(entry.get("val_top1_error", np.inf) for entry in other.log)
         lines.append([name, *(str(other.settings.get(setting, "")) for setting in differ), f"{lowest:.2f}%",
                       str(len(other.log))])
         axes.plot(*series(other, "train_top1_error"), ".--", lw=1, ms=3, color=colour)
         axes.plot(*series(other, "val_top1_error"), "o-", lw=1.5, ms=3, color=colour, label=plain(name))
     axes.set_ylim(0)
     add_key(figure, axes, len(runs), "run, in the order of the table")
-    return (page.table(["run", *differ, "lowest validation error", "epochs"], lines) +
+    return (page.table(["run", *differ, "lowest validation error", "epochs done"], lines) +
             page.drawing(figure, "compared", "Errors over epochs") +
             page.paragraph("Solid: validation; dashed: training, with dropout and random crops."))
 
 
-def epochs_of(figure, what: str):
-    """Axes over epochs."""
+def axes_over_epochs(figure, what: str):
     axes = figure.subplots()
     axes.set(xlabel="epoch", ylabel=what)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     return axes
 

@@ -333,7 +333,7 @@ def test_runs_next_to_each_other(two_columns, tmp_path, drawn):
     there = frelu_run(tmp_path / "c", 4)
     report.main([str(here), "--compare", str(two_columns)])
     _, said = read(here / "report.html")
-    assert "run lrn seed lowest validation error epochs b False 3 20.00% 3 two-columns True 0" in said
+    assert "run lrn seed lowest validation error epochs done b False 3 20.00% 3 two-columns True 0" in said
     report.main([str(here), "--compare", str(two_columns), str(there), "--seed", "1"])
     _, said = read(here / "report.html")
     assert "run dataset epochs lr seed lowest" in said  # what both kinds have
