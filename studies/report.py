@@ -11,7 +11,6 @@ is left out, and the page says why: of a run of studies.frelu there are its sett
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +37,14 @@ def main(argv=None) -> int:
     out = Path(args.out) if args.out else run.path / "report.html"
     if out.is_dir() or not out.resolve().parent.is_dir():
         raise UserError(f"--out {out}: " + ("that is a folder" if out.is_dir() else "there is no such folder"))
-    sections = list(SECTIONS)
+    if args.pictures:
+        Path(args.pictures).mkdir(parents=True, exist_ok=True)
+    sections, content = list(SECTIONS), ""
     if args.compare:
-        sections.append(("Next to other runs", partial(compared, others=[Run(Path(name)) for name in args.compare])))
-    content = ""
+        others = [run, *(Run(Path(name)) for name in args.compare)]
+        if empty := [other.path for other in others if not other.log]:
+            raise UserError(f"--compare: {empty[0]} has no finished epoch in log.jsonl")
+        sections.append(("Next to other runs", lambda _: compared(others)))
     with Progress("sections", len(sections), "sections") as progress:
         for title, make in sections:
             try:
@@ -52,11 +55,9 @@ def main(argv=None) -> int:
             progress.update(1, title)
     write_text(out, page.document(title_of(run), content))
     print(f"{shown(out)}: {out.stat().st_size / 1e6:.1f} MB")
-    if args.pictures:
-        Path(args.pictures).mkdir(parents=True, exist_ok=True)
-        for name, data in page.images(content).items():
-            with utils.replacing(Path(args.pictures) / name) as file:
-                file.write(data)
+    for name, data in page.images(content).items() if args.pictures else ():
+        with utils.replacing(Path(args.pictures) / name) as file:
+            file.write(data)
     return 0
 
 
@@ -166,23 +167,20 @@ def learnt(run: Run) -> str:
     return page.heading(title) + page.drawing(figure, "activations", title) + page.paragraph(said)
 
 
-def compared(run: Run, others: list[Run]) -> str:
+def compared(runs: list[Run]) -> str:
     """Settings that differ, results, and the errors of several runs."""
-    runs = {other.path.resolve(): other for other in (run, *others)}
-    if empty := [other.path for other in runs.values() if not other.log]:
-        raise UserError(f"--compare {empty[0]}: no run with a finished epoch")
-    given = [other.settings for other in runs.values()]
-    shared = set.intersection(*map(set, filter(None, given))) if any(given) else set()
-    differ = sorted(name for name in shared if len({json.dumps(g[name]) for g in given if g}) > 1)
-    lines = []
+    runs, lines = {run.path.resolve(): run for run in runs}, []
+    given = [run.settings for run in runs.values() if run.settings]
+    shared = set.intersection(*map(set, given)) if given else set()
+    differ = sorted(name for name in shared if len({json.dumps(settings[name]) for settings in given}) > 1)
     figure = new_figure(7.5, max(3.6, 0.2 * len(runs)))
     axes = axes_over_epochs(figure, "top-1 error (%)")
-    for (path, other), colour in zip(runs.items(), colours(len(runs)), strict=True):
-        name, lowest = name_among(path, runs), min(entry.get("val_top1_error", np.inf) for entry in other.log)
-        lines.append([name, *(str(other.settings.get(setting, "")) for setting in differ), f"{lowest:.2f}%",
-                      str(len(other.log))])
-        axes.plot(*series(other, "train_top1_error"), ".--", lw=1, ms=3, color=colour)
-        axes.plot(*series(other, "val_top1_error"), "o-", lw=1.5, ms=3, color=colour, label=plain(name))
+    for (path, run), colour in zip(runs.items(), colours(len(runs)), strict=True):
+        name, lowest = name_among(path, runs), min(entry.get("val_top1_error", np.inf) for entry in run.log)
+        settings = [str(run.settings.get(setting, "")) for setting in differ]
+        lines.append([name, *settings, f"{lowest:.2f}%", str(len(run.log))])
+        axes.plot(*series(run, "train_top1_error"), ".--", lw=1, ms=3, color=colour)
+        axes.plot(*series(run, "val_top1_error"), "o-", lw=1.5, ms=3, color=colour, label=plain(name))
     axes.set_ylim(0)
     add_key(figure, axes, len(runs), "run, in the order of the table")
     return (page.table(["run", *differ, "lowest validation error", "epochs done"], lines) +

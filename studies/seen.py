@@ -107,16 +107,18 @@ def neighbours(run: Run) -> str:
     by_pixels = look.nearest(*(small_pixels(run, split, looked.rows) for split, looked in (
         (run.split, tested), ("train", trained)
     )))
-    shares = [look.share_of_right(found, tested.labels, trained.labels) for found in (by_net, by_pixels)]
     chosen = np.random.default_rng(run.seed).permutation(len(tested.labels))[:5]
     rows = [trained.rows[near[chosen].flatten().numpy()] for near in (by_net, by_pixels)]
     parts = [run.pictures(run.split, tested.rows[chosen]), *(run.pictures("train", mine) for mine in rows)]
     blocks = [page.grid([page.fitted(pixels, 64) for pixels in part], len(part) // len(chosen)) for part in parts]
     gap = np.full((len(blocks[0]), 12, 3), 255, np.uint8)
     drawn = np.concatenate([blocks[0], gap, blocks[1], gap, blocks[2]], 1)
-    said = (f"Over {len(tested.labels):,} pictures of the {run.split} split and {len(trained.labels):,} training "
-            f"pictures, of the six nearest have the right class: {shares[0][0]:.1f}% ± {shares[0][1]:.1f} by fc7, "
-            f"{shares[1][0]:.1f}% ± {shares[1][1]:.1f} by pixels (95% intervals over pictures).")
+    (net, net_half), (pixels, pixels_half) = (
+        look.share_of_right(found, tested.labels, trained.labels) for found in (by_net, by_pixels)
+    )
+    said = (f"{net:.1f}% ± {net_half:.1f} of the six nearest by fc7 have the right class, {pixels:.1f}% ± "
+            f"{pixels_half:.1f} of those by pixels: means over {len(tested.labels):,} pictures of the {run.split} "
+            f"split with their 95% intervals, among {len(trained.labels):,} training pictures.")
     return (page.paragraph("Each row: a picture, the six training pictures that are nearest by what fc7 gives, the six "
                            "that are nearest by their pixels.") +
             page.wide(page.picture(drawn, "neighbours", "Nearest neighbours")) + page.paragraph(said))
