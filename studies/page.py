@@ -27,6 +27,7 @@ pre { overflow-x: auto; padding: .5rem; border: 1px solid var(--line) }
 figure { margin: 0; font-size: .85rem; overflow-wrap: anywhere }
 .bar { display: flex; justify-content: space-between; gap: .5rem; margin: 1px 0; padding: 0 .3rem }
 .bar { background: linear-gradient(90deg, #48c8 var(--share), #8882 0) }
+.bar span:first-child { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden }
 .bar span:last-child { white-space: nowrap }
 .true { font-weight: bold }
 @media print { section { break-inside: avoid } }
@@ -84,9 +85,10 @@ def card(picture: str, caption: str, more: str = "") -> str:
 
 
 def bar(name: str, share: float, bold: bool) -> str:
-    """A name on a bar of a length, 0 to 1, which is written out, too."""
-    return (f'<div class="{"bar true" if bold else "bar"}" style="--share: {100 * share:.1f}%"><span>{escape(name)}'
-            f"</span><span>{100 * share:.1f}%</span></div>\n")
+    """A name on a bar of a length, 0 to 1, which is written out, too; a name of more than two lines is cut, and
+    whole as a tooltip."""
+    return (f'<div class="{"bar true" if bold else "bar"}" style="--share: {100 * share:.1f}%" title="{escape(name)}">'
+            f"<span>{escape(name)}</span><span>{100 * share:.1f}%</span></div>\n")
 
 
 def wide(picture: str) -> str:

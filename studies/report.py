@@ -77,7 +77,7 @@ def what(run: Run) -> str:
     config, given, lines = run.config, run.arguments, []
     if run.standard:
         changed = [options.worded(name, value) for name, value in run.settings.items()
-                   if value != run.standard.get(name, value) and name not in TOLD]
+                   if value not in (None, run.standard.get(name, value)) and name not in TOLD]
         lines.append(["data", str(given.get("dataset") or config.get("store"))])
         lines.append(["settings that are not train.py's defaults", ", ".join(changed) or "none"])
     elif given:
@@ -135,7 +135,7 @@ def curves(run: Run) -> str:
         else:
             axes.plot(*series(run, f"train_{name}"), "o--", ms=3, label="training (dropout, crops)")
             axes.plot(*series(run, f"val_{name}"), "s-", ms=3, label="validation")
-            axes.set_ylim(0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
             axes.legend(fontsize=7)
         for drop in drops:
             axes.axvline(drop, color="0.6", ls=":")

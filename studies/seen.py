@@ -159,8 +159,8 @@ def where(run: Run) -> str:
             random.append(np.mean([look.deletion(run.net, inputs, truth, o, block, steps) for o in orders], 0))
             progress.update(1)
     guided, random = np.mean(guided, 0), np.mean(random, 0)
-    said = (f"A grey square of {square} x {square} pixels is moved over {len(chosen)} pictures that it gets right. "
-            "Bright: where covering costs most of the probability of the right class.")
+    said = (f"A grey square of {square} x {square} pixels is moved over pictures that it gets right. Bright: where "
+            "covering costs most of the probability of the right class.")
     check = ("Covered in the map's order, most important first, the right class's probability is "
              f"{guided.mean():.2f} on average over the curve; at random {random.mean():.2f}.")
     return (page.paragraph(said) + page.cards(maps) + page.heading("Does the map mean something?") +
