@@ -12,7 +12,7 @@ authors' train.lua does that for FReLU, in one of its versions until the learnin
 the net after the last epoch; nothing is chosen by it. The validation images that a named set sets aside are looked at
 only.
 
-A run's folder lies under checkpoints/frelu/ and has a log that studies.figures draws. A finished run is a line in --out
+A run's folder lies under checkpoints/frelu/ and has a log that studies.report draws. A finished run is a line in --out
 and is not run again; one that was stopped goes on where it was, in any way that it was stopped. Several processes can
 share an --out: each takes runs that no other has. The table is printed last, of runs with this --dataset and --epochs.
 """

@@ -5,7 +5,7 @@ activations:
     nin                          Network in Network (Lin, Chen and Yan 2014) with batch norm
     resnet20, 32, 44, 56, 110    residual nets (He et al. 2016, section 4.2), an activation after each addition
     resnet20-no-act-after-add    and so on: the same without those (Shah et al. 2016), with one before the average pool
-    two-units                    the net of the embedding that studies.figures draws
+    two-units                    the net of studies.embedding
 
 Layers, sizes and initialisation follow the authors' own code (kyuusaku/frelu.torch). It leaves the convolutions of
 smallnet without biases, too, where no batch norm follows: b is their only offset there.

@@ -25,7 +25,7 @@ PARSERS = {
     "studies.report": "studies.report",
     "studies.published": "studies.published", "studies.cifar2012": "studies.cifar2012",
     "studies.figure1": "studies.figure1",
-    "studies.frelu": "studies.frelu", "studies.figures": "studies.figures",
+    "studies.frelu": "studies.frelu", "studies.embedding": "studies.embedding",
     "benchmarks.step": "benchmarks.step", "benchmarks.lrn": "benchmarks.lrn",
     "benchmarks.infer": "benchmarks.infer",
     "benchmarks.loader": "benchmarks.loader", "benchmarks.pack": "benchmarks.pack",
