@@ -3,7 +3,9 @@ With one process all of this does nothing."""
 
 import os
 import sys
+import time
 import traceback
+import uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -27,13 +29,32 @@ def join(device: torch.device) -> tuple[int, int]:
     how = {}
     if _has_board():
         # torch would meet at keys that are still there from before a restart, and connect to processes that are gone.
-        how = {"store": dist.PrefixStore(f"start {_restarts()}", _board()), "rank": rank, "world_size": world}
+        board = _board()
+        how = {"store": dist.PrefixStore(_meet(board, rank, world), board), "rank": rank, "world_size": world}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, **how)
     else:
         dist.init_process_group("gloo", **how)
     return rank, world
+
+
+def _meet(board, rank: int, world: int) -> str:
+    """A word for this start of all processes. The first one makes it and answers whoever says hello, until all have it:
+    what one says that has been ended since is answered in vain."""
+    if rank:
+        me = uuid.uuid4().hex
+        board.set(f"hello {rank}", me)
+        word = board.get(f"welcome {me}").decode()  # waits
+        board.set(f"{word} {rank}", "")
+        return word
+    word, others = uuid.uuid4().hex, range(1, world)
+    while not all(board.check([f"{word} {other}"]) for other in others):
+        for other in others:
+            if board.check([f"hello {other}"]):
+                board.set(f"welcome {board.get(f'hello {other}').decode()}", word)
+        time.sleep(0.05)
+    return word
 
 
 def agree(args, store) -> None:
@@ -113,7 +134,7 @@ def _end(status: int) -> None:
 def interrupted_run() -> Path | None:
     """Where torchrun has started its processes anew, after one of them failed: the folder of the run that they were
     at, if it had one already."""
-    if not _has_board() or _restarts() == 0:
+    if not _has_board():
         return None
     board = _board()
     return Path(board.get(FOLDER).decode()) if board.check([FOLDER]) else None
@@ -123,10 +144,6 @@ def remember_run(folder: Path) -> None:
     """For interrupted_run."""
     if _has_board() and int(os.environ["RANK"]) == 0:
         _board().set(FOLDER, str(folder.resolve()))
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _has_board() -> bool:

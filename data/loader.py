@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.augment import EpochTables, random_crops, upload
-from data.store import Crops, Records, Store
+from data.store import Crops, Store
 from utils import UserError, one_line
 
 AHEAD = 2  # batches that each worker has ready
@@ -29,7 +29,8 @@ def default_workers(device: torch.device) -> int:
 
 class Loader:
     """One split of a store. A small split is *resident*: read once, its pixels one tensor on the device. A larger
-    one *streams*: worker processes read whole batches (0 workers: this process does).
+    one *streams*: worker processes read whole batches (0 workers: this process does). Each record's checksum is
+    compared when it is read for the first time.
 
     resident: None decides by the split's size. skip_bad: so many damaged records may be replaced by sound ones; `bad`
     has their indices and what was wrong with them. One more raises UserError.
@@ -40,6 +41,7 @@ class Loader:
     ):
         self.records, self.device, self.workers = store.split(split), torch.device(device), workers
         self.split, self.skip_bad, self.bad = split, skip_bad, {}
+        self.unread = np.ones(len(self.records), bool)  # whose checksums have not been compared yet
         if resident is None:
             resident = len(self.records) * int(np.prod(self.records.shape)) <= RESIDENT_BYTES
         self.resident = resident
@@ -103,7 +105,7 @@ class Loader:
             return
         cuda = self.device.type == "cuda"
         streamed = DataLoader(
-            _Batches(self.records, tables, size, self.skip_bad > 0),
+            _Batches(self, tables, size),
             batch_sampler=indices,
             num_workers=self.workers,
             collate_fn=_as_is,
@@ -113,8 +115,9 @@ class Loader:
         )
         iterator = iter(streamed)
         try:
-            for images, labels, bad in iterator:
+            for images, labels, samples, bad in iterator:
                 self._note(bad)
+                self.unread[samples] = False  # workers are forked anew for the next epoch, and know it then
                 yield images.to(self.device, non_blocking=cuda), labels.to(self.device, non_blocking=cuda)
         except UserError as error:  # a worker's arrives with its traceback around it; the last line is the message
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")) from None
@@ -130,15 +133,16 @@ class Loader:
 class _Batches(Dataset):
     """A batch at a time, not a picture at a time: torch's fetcher calls __getitems__ with a batch's indices."""
 
-    def __init__(self, records: Records, tables: EpochTables | None, size: int, skip_bad: bool):
-        self.records, self.tables, self.size, self.skip_bad = records, tables, size, skip_bad
+    def __init__(self, loader: Loader, tables: EpochTables | None, size: int):
+        self.loader, self.tables, self.size = loader, tables, size
 
-    def __getitems__(self, indices) -> tuple[Tensor, Tensor, dict[int, str]]:
-        samples, bad = self.tables.pictures(indices) if self.tables else indices, {}
-        images, labels = self.records.read(
-            samples, check=True, crops=_crops(self.tables, indices, self.size), bad=bad if self.skip_bad else None
+    def __getitems__(self, indices) -> tuple[Tensor, Tensor, np.ndarray, dict[int, str]]:
+        loader, crops = self.loader, _crops(self.tables, indices, self.size)
+        samples, bad = np.asarray(self.tables.pictures(indices) if self.tables else indices), {}
+        images, labels = loader.records.read(
+            samples, check=loader.unread[samples], crops=crops, bad=bad if loader.skip_bad else None
         )
-        return torch.from_numpy(images), torch.from_numpy(labels), bad
+        return torch.from_numpy(images), torch.from_numpy(labels), samples, bad
 
 
 def _crops(tables: EpochTables | None, draws: np.ndarray, size: int) -> Crops | None:

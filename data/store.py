@@ -258,19 +258,20 @@ class Records:
         return int(self.starts[-1])
 
     def read(
-        self, indices, check: bool = False, crops: Crops | None = None, bad: dict[int, str] | None = None
+        self, indices, check: bool | np.ndarray = False, crops: Crops | None = None, bad: dict[int, str] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Pictures (n, H, W, C) uint8, or their crops (n, S, S, C), and labels (n,) int64. check: compare the CRC of
-        raw pixels, too. bad: where there is one, a damaged record is noted there, by its index, and the next sound one
-        of its shard takes its place; otherwise it raises UserError."""
+        raw pixels, too; one for all, or (n,) bools. bad: where there is one, a damaged record is noted there, by its
+        index, and the next sound one of its shard takes its place; otherwise it raises UserError."""
         side = crops.size if crops else self.shape[0]
         images = np.empty((len(indices), side, side, self.shape[2]), np.uint8)
         labels = np.empty(len(indices), np.int64)
+        checks = np.broadcast_to(check, len(indices))
         whole = np.empty(self.shape, np.uint8)  # for a JPEG that is cut
 
         def keep(row: int, value) -> None:
             out = whole if crops else images[row]
-            picture, label = decode_record(value, check, out)
+            picture, label = decode_record(value, checks[row], out)
             self._check_fit(picture.shape, label)
             labels[row] = label
             if crops:

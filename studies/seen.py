@@ -34,7 +34,7 @@ def kernels(run: Run) -> str:
 
 def kernels_over_epochs(run: Run, columns: int) -> str:
     try:
-        kept = np.load(run.path / KERNELS, allow_pickle=False).astype(np.float32)
+        kept = np.load(run.path / KERNELS, mmap_mode="r", allow_pickle=False).astype(np.float32)
         start = colours_of(np.split(kept[0], columns))
         chosen = np.linspace(0, len(kept) - 1, min(FRAMES, len(kept))).round().astype(int)
         frames = [page.grid(kernel_pictures(kept[number]), 12, scale=2) for number in chosen]

@@ -131,6 +131,21 @@ def test_damaged_records_are_replaced_and_counted(store, tmp_path, workers):
         list(Loader(Store(copy), "train", **how).batches(plan))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_checksum_is_compared_when_a_record_is_read_first(store, tmp_path, workers):
+    """As with a resident split: what happens to the file later is not looked for again."""
+    copy = shutil.copytree(store.path, tmp_path / "copy")
+    packed = Store(copy)
+    loader, plan = Loader(packed, "train", workers=workers, resident=False), np.split(np.arange(48), 4)
+    assert len(list(loader.batches(plan))) == 4
+    times = (copy / "train-00000/data.mdb").stat()
+    damage(copy, "train", 3, 50)
+    os.utime(copy / "train-00000/data.mdb", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(list(loader.batches(plan))) == 4
+    with pytest.raises(UserError, match="picture 50 "):
+        list(loader.batches([np.arange(96)]))
+
+
 def test_a_worker_that_is_killed_is_one_line(store, monkeypatch):
     def killed(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,19 +55,29 @@ def kill_one(arguments, at: str) -> tuple[int, str, str, float]:
     seconds from the kill to the end."""
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=environment())
+    said = read_until(started, at)
+    kill_second(started)
+    began = time.monotonic()
+    out, err = started.communicate(timeout=120)
+    return started.returncode, said + out, err, time.monotonic() - began
+
+
+def read_until(started, at: str) -> str:
     said = ""
     for line in started.stdout:
         said += line
         if line.startswith(at):
             break
+    return said
+
+
+def kill_second(torchrun) -> None:
+    """SIGKILL the process of rank 1 that this torchrun started."""
     second = next(
         int(folder.name) for folder in Path("/proc").glob("[0-9]*")
-        if str(started.pid) == parent_of(folder) and b"RANK=1" in (folder / "environ").read_bytes().split(b"\0")
+        if str(torchrun.pid) == parent_of(folder) and b"RANK=1" in (folder / "environ").read_bytes().split(b"\0")
     )
     os.kill(second, signal.SIGKILL)
-    began = time.monotonic()
-    out, err = started.communicate(timeout=120)
-    return started.returncode, said + out, err, time.monotonic() - began
 
 
 def parent_of(folder: Path) -> str:
@@ -96,6 +107,50 @@ def test_a_killed_process_ends_all_and_torchrun_goes_on(store, two_processes, tm
     assert len(list(tmp_path.glob("small-*"))) == 1
     assert_same_state(tmp_path / "small-1", two_processes)
     assert numbers(tmp_path / "small-1") == numbers(two_processes)
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces with a wire between them: [(command that runs something there, its network card)]."""
+    names = [f"alexnet-{os.getpid()}-{n}" for n in "ab"]
+    cards = [f"a{os.getpid()}{n}" for n in "ab"]
+    lines = [f"netns add {name}" for name in names]
+    lines.append(f"link add {cards[0]} netns {names[0]} type veth peer name {cards[1]} netns {names[1]}")
+    for name, card, address in zip(names, cards, ("10.83.7.1/24", "10.83.7.2/24"), strict=True):
+        lines += [f"-n {name} addr add {address} dev {card}", f"-n {name} link set {card} up",
+                  f"-n {name} link set lo up"]
+    try:
+        for line in lines:
+            try:
+                done = subprocess.run(["ip", *line.split()], capture_output=True, text=True)
+                refused = done.stderr if done.returncode else ""
+            except OSError as error:
+                refused = str(error)
+            if refused:
+                pytest.skip(f"network namespaces need rights that are not there (ip {line}: {refused.strip()})")
+        yield [(["ip", "netns", "exec", name], card) for name, card in zip(names, cards, strict=True)]
+    finally:
+        for name in names:
+            with suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines_give_the_weights_of_two_processes_on_one(store, two_processes, two_machines, tmp_path):
+    """Also where the second machine's process is killed: both start again and go on."""
+    script = command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "2")[1:]
+    started = []
+    for rank, (inside, card) in enumerate(two_machines):
+        torchrun = [*TORCHRUN[:3], "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
+        torchrun += ["--master-addr", "10.83.7.1", "--master-port", "29511", "--max-restarts", "1"]
+        started.append(subprocess.Popen([*inside, *torchrun, *script], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                        stderr=subprocess.PIPE, env=environment(GLOO_SOCKET_IFNAME=card)))
+    first = read_until(started[0], "epoch  1")
+    kill_second(started[1])
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "2 processes" in first
+    assert ", from step " in said[0][0]
+    assert_same_state(tmp_path / "run", two_processes)
 
 
 def test_an_error_in_one_process_ends_both_with_its_message(store, tmp_path):

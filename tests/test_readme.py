@@ -19,6 +19,7 @@ from checkpoints import export
 from data import pack, sources
 
 ROOT = Path(train.__file__).parent
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--max-restarts"}
 SETUP = "pip install -r requirements.txt && "
 PARSERS = {
     "train.py": "options", "test.py": "test", "data.pack": "data.pack", "studies.plateau": "studies.plateau",
@@ -58,9 +59,10 @@ def script_and_arguments(line: str) -> tuple[str, list[str]]:
     """("train.py", [...]) of `python train.py ...`, `python -m module ...` or `torchrun --nproc-per-node N ...`."""
     words = shlex.split(line.removeprefix(SETUP))
     if words[0] == "torchrun":
-        assert words[1] == "--nproc-per-node"
-        assert words[2].isdigit()
-        return words[3], words[4:]
+        script = words.index("train.py")
+        assert set(words[1:script:2]) <= TORCHRUN
+        assert "--nproc-per-node" in words
+        return words[script], words[script + 1 :]
     assert words[0] == "python"
     return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
 
@@ -198,7 +200,7 @@ def test_options_in_running_text_exist(name):
     known = {option for script in PARSERS.values() for option in options_of(script)}
     text = FENCE.sub("", GUIDES[name])
     used = {option for code in re.findall(r"`([^`]+)`", text) for option in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
-    assert used <= known | {"--nproc-per-node"}
+    assert used <= known | TORCHRUN
 
 
 def test_reproduction_names_code_options_and_tests_that_exist():
