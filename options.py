@@ -48,6 +48,8 @@ def parse(argv, interrupted: Path | None = None) -> Namespace:
     given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
     if args.resume or interrupted:
         return resumed(args, {name: value for name, value in given.items() if name != "out"})
+    if args.out:
+        refuse_taken(args.out)
     if args.init:
         take_over_net(args, given)
     if args.freeze and not args.init:
@@ -76,6 +78,15 @@ def resumed(args: Namespace, given: dict) -> Namespace:
                             "the option out, or start a new run")
     changed = {name: value for name, value in given.items() if name in CHANGEABLE}
     return Namespace(**{**vars(args), **stored, **changed, "out": folder, "resume": True})
+
+
+def refuse_taken(out: Path) -> None:
+    held = [name for name in RUN_FILES if (out / name).exists()]
+    if held == ["config.json"]:
+        raise UserError(f"{out} holds nothing but a config.json, perhaps of a run that was killed at its very start; "
+                        "remove that, or choose another --out")
+    if held:
+        raise UserError(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
 
 
 def flag(name: str) -> str:
@@ -251,9 +262,3 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         raise UserError(f"--batch-size {args.batch_size}: {store.path} has {store.counts['train']} training pictures")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    held = [name for name in RUN_FILES if args.out and not args.resume and (args.out / name).exists()]
-    if held == ["config.json"]:
-        raise UserError(f"{args.out} holds nothing but a config.json, perhaps of a run that was killed at its very "
-                        "start; remove that, or choose another --out")
-    if held:
-        raise UserError(f"{args.out} holds a run; --resume goes on with it, another --out starts a new one")
