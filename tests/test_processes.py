@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_same_state, command, environment, numbers, run
+from helpers import ROOT, assert_same_state, command, environment, numbers, resume, run
 from test_train import BF16
 
 import processes
@@ -151,6 +152,15 @@ def test_two_machines_give_the_weights_of_two_processes_on_one(store, two_proces
     assert "2 processes" in first
     assert ", from step " in said[0][0]
     assert_same_state(tmp_path / "run", two_processes)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(store, two_processes, tmp_path):
+    """As the guide has it; three do not divide the batch of 16."""
+    shutil.copytree(two_processes, tmp_path / "run")
+    assert resume(tmp_path / "run", "--epochs", 3) == 0
+    assert [entry["step"] for entry in numbers(tmp_path / "run")] == [6, 12, 18]
+    three = [*TORCHRUN[:-1], "3", "train.py", "--resume", "--out", str(tmp_path / "run"), "--epochs", "4"]
+    assert "--batch-size 16 does not divide by 3 processes" in finished(three).stderr
 
 
 def test_an_error_in_one_process_ends_both_with_its_message(store, tmp_path):
