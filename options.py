@@ -14,7 +14,7 @@ from checkpoints.run import LAST, PREVIOUS, read_config
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
-from data.store import Store
+from data.store import MANIFEST, Store
 from data.trees import VAL
 from kernels import multiplies_bf16
 from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES, SMALLEST
@@ -42,7 +42,7 @@ def parse(argv, interrupted: Path | None = None) -> Namespace:
     args = parser.parse_args(argv)
     for name in ("data", "init"):  # whatever the folder in which --resume is called
         setattr(args, name, os.path.realpath(getattr(args, name)) if getattr(args, name) else None)
-    args.out = interrupted or (Path(args.out) if args.out else None)
+    args.out = Path(args.out) if args.out else interrupted
     unset = object()  # argparse leaves alone what the namespace has already, unless the option is given
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: getattr(args, name) for name, value in parsed.items() if value is not unset}
@@ -62,7 +62,7 @@ def resumed(args: Namespace, given: dict) -> Namespace:
     """The arguments of the run in --out, or of the newest one, with those given that may change."""
     folder = args.out
     if folder is None:
-        last = checkpoints.newest(LAST) or checkpoints.newest(PREVIOUS)
+        last = checkpoints.newest(LAST, PREVIOUS)
         folder = last.parent if last else checkpoints.FOLDER / "*"
     if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
         raise UserError(f"nothing to resume: no {folder / LAST}; start without --resume")
@@ -71,6 +71,9 @@ def resumed(args: Namespace, given: dict) -> Namespace:
         stored["patience"] = None  # it has none
     packed_from = stored.get("packed_from", {})
     if "data" in given and given["data"] not in (stored.get("data"), packed_from.get("data")):
+        if not (Path(given["data"]) / MANIFEST).exists():
+            started = before("data", stored["data"])
+            raise UserError(f"--data {given['data']} is no store; {folder} was started {started}")
         stored["data"] = given["data"]  # the store was moved: settle() looks whether it is the same
     for name, value in given.items():
         if name not in {*CHANGEABLE, "data"} and value not in (stored.get(name), packed_from.get(name), "auto"):
@@ -236,7 +239,8 @@ def defaults(args, store: Store) -> dict:
 def settle(args, store: Store, device: torch.device, world: int) -> None:
     """Fill in what the store and the device decide, and refuse what does not fit them."""
     if args.resume and read_config(args.out)["fingerprint"] != store.fingerprint:
-        raise UserError(f"{store.path} has changed since {args.out} was started; restore it or start a new run")
+        raise UserError(f"{store.path} has changed since {args.out} was started, or is another store; name the right "
+                        "one with --data, or start a new run")
     for name, value in defaults(args, store).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -1,5 +1,5 @@
 """Several processes of one training, started by torchrun: how they join, agree, end together and are started again.
-With one process all of this does nothing."""
+Without torchrun all of this does nothing."""
 
 import os
 import sys
@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 
 import utils
-from utils import UserError
+from utils import UserError, one_line
 
 FOLDER = "the run's folder"  # a key in torchrun's own key-value store, which outlives the processes
-MAY_DIFFER = ("data", "device", "download", "init", "out", "packed_from", "resume", "workers")  # between processes
+PATIENCE = timedelta(minutes=10)  # for the others to start
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
 
 
 def join(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); joins torchrun's group where there is one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), number_of_processes()
     if world == 1:
         return 0, 1
     how = {}
@@ -39,6 +39,10 @@ def join(device: torch.device) -> tuple[int, int]:
     return rank, world
 
 
+def number_of_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 def _meet(board, rank: int, world: int) -> str:
     """A word for this start of all processes. The first one makes it and answers whoever says hello, until all have it:
     what one says that has been ended since is answered in vain."""
@@ -48,29 +52,29 @@ def _meet(board, rank: int, world: int) -> str:
         word = board.get(f"welcome {me}").decode()  # waits
         board.set(f"{word} {rank}", "")
         return word
-    word, others = uuid.uuid4().hex, range(1, world)
+    word, others, began = uuid.uuid4().hex, range(1, world), time.monotonic()
     while not all(board.check([f"{word} {other}"]) for other in others):
         for other in others:
             if board.check([f"hello {other}"]):
                 board.set(f"welcome {board.get(f'hello {other}').decode()}", word)
+        if time.monotonic() - began > PATIENCE.total_seconds():
+            raise UserError(f"not all of {world} processes have started within {PATIENCE}")
         time.sleep(0.05)
     return word
 
 
-def agree(args, store) -> None:
-    """Raise UserError, the same in all processes, where one has another store or other arguments than the first."""
+def agree(mine: dict) -> None:
+    """Raise UserError, the same in all processes, where one has other values than the first."""
     if not dist.is_initialized():
         return
-    mine = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    mine["store"] = f"{store.name}, {store.fingerprint}"
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
         for name in everyone[0] | theirs:
             if theirs.get(name) != everyone[0].get(name):
                 raise UserError(f"process {rank} has another {name.replace('_', '-')} than process 0: "
-                                f"{theirs.get(name)}, not {everyone[0].get(name)}; start all with the same command "
-                                "and the same store")
+                                f"{theirs.get(name)}, not {everyone[0].get(name)}; start all with the same command, "
+                                "the same store and one --out that all of them see")
 
 
 def wait() -> None:
@@ -92,18 +96,20 @@ def united(found: set[str]) -> list[str]:
 
 
 @contextmanager
-def ending_together(world: int):
-    """An error ends one of several processes at once: the others find its connections closed, and end, too. Not by way
-    of Python, where gloo and NCCL wait for each other or abort."""
+def ending_together():
+    """An error ends one of several processes at once: with gloo the others find its connections closed, and end, too;
+    with NCCL torchrun ends them, or NCCL's own watch over what never arrives. Not by way of Python, where both wait for
+    each other or abort."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if world == 1:
+        if number_of_processes() == 1:
             raise
         if isinstance(error, UserError | OSError | KeyboardInterrupt):
             status = utils.report(error)
         elif isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
-            utils.report(UserError("another process of this run has ended; if it was not killed, it says why"))
+            utils.report(UserError("another process of this run has ended, and says why unless it was killed; or the "
+                                   f"connection between them failed ({one_line(error)})"))
             status = 1
         else:
             traceback.print_exc()
@@ -134,16 +140,14 @@ def _end(status: int) -> None:
 def interrupted_run() -> Path | None:
     """Where torchrun has started its processes anew, after one of them failed: the folder of the run that they were
     at, if it had one already."""
-    if not _has_board():
-        return None
-    board = _board()
-    return Path(board.get(FOLDER).decode()) if board.check([FOLDER]) else None
+    board = _board() if _has_board() else None
+    return Path(board.get(FOLDER).decode()) if board and board.check([FOLDER]) else None
 
 
 def remember_run(folder: Path) -> None:
     """For interrupted_run."""
     if _has_board() and int(os.environ["RANK"]) == 0:
-        _board().set(FOLDER, str(folder.resolve()))
+        _board().set(FOLDER, str(folder.absolute()))
 
 
 def _has_board() -> bool:
@@ -153,4 +157,4 @@ def _has_board() -> bool:
 def _board() -> dist.TCPStore:
     """torchrun's key-value store."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*place, is_master=False, timeout=timedelta(minutes=10))
+    return dist.TCPStore(*place, is_master=False, timeout=PATIENCE)

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from checkpoints.run import (
     append_line,
     environment,
     keep_kernels,
+    last_sound,
     load_last,
     plot_curves,
     read_log,
@@ -42,7 +44,7 @@ from checkpoints.run import (
 )
 from data import sources
 from data.augment import Augment, epoch_tables
-from data.loader import Loader
+from data.loader import Loader, worker_errors
 from data.pack import named_store, store_of
 from data.store import MANIFEST, Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
@@ -52,6 +54,7 @@ from recipe import Schedule, make_optimizer, set_rate
 from utils import Diverged, Progress, UserError, duration, run_script, shown
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+MAY_DIFFER = {"data", "device", "download", "init", "out", "packed_from", "resume", "workers"}  # between processes
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 STUCK_STEPS = 500  # from here on a loss that is still ln(classes) is warned of
 
@@ -59,14 +62,16 @@ STUCK_STEPS = 500  # from here on a loss that is still ln(classes) is warned of
 def main(argv=None) -> int:
     args = parse(argv, processes.interrupted_run())
     device = utils.pick_device(args.device)
-    watch = Watch(device, *processes.join(device))
-    with processes.ending_together(watch.world):
+    with processes.ending_together():
+        watch = Watch(device, *processes.join(device))
         store, fallback = open_store(args, watch)
         settle(args, store, device, watch.world)
-        processes.agree(args, store)
+        same = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+        processes.agree(same | {"store": f"{store.name}, {store.fingerprint}"})
         run = set_up(args, store, watch)
         if args.resume:
             watch.warn(load_last(run, device))
+            processes.agree({"checkpoint": asdict(run.state)})
             if is_over(run):
                 watch.say(f"nothing left to do\n{conclusion(run, 0)}")
                 return processes.leave(0)
@@ -76,7 +81,8 @@ def main(argv=None) -> int:
             processes.remember_run(args.out)
             watch.warn(warning)
             watch.say(describe(run, watch))
-            status = fit(run, watch)
+            with worker_errors():
+                status = fit(run, watch)
         watch.say(conclusion(run, status))
         watch.warn(fallback)
         return processes.leave(status)
@@ -415,7 +421,7 @@ def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:
             net.init_weights(args.recipe)
             return net
         # On --resume the file of --init may be gone; last.pt tells as well which net it was.
-        start = args.out / "last.pt" if args.resume else args.init
+        start = last_sound(args.out) if args.resume else args.init
         checkpoint = load_checkpoint(start)
         utils.seed_all(args.seed)
         config = checkpoint["config"] | {"num_classes": len(store.classes)}
@@ -490,16 +496,16 @@ def summary(run: Training, entry: dict) -> str:
 def conclusion(run: Training, status: int) -> str:
     state, best, out = run.state, run.schedule.best, shlex.quote(shown(run.args.out))
     resume = f"python train.py --out {out} --resume"
+    log = read_log(run.args.out / "log.jsonl")
+    replaced = log[-1].get("replaced_records") if log else None
+    told = [f"damaged records, replaced by others: {', '.join(replaced)}"] if replaced else []
     if status:
-        return f"stopped at step {state.step}; {resume} goes on from there"
+        return "\n".join([f"stopped at step {state.step}; {resume} goes on from there", *told])
     reached = f"lowest validation top-1 error {best:.2f}%" if math.isfinite(best) else "no whole epoch yet"
     lines = [f"done: {state.step} steps, {reached}", f"in {out}: best.pt, last.pt, log.jsonl, curves.png"]
     if not run.schedule.finished and state.epoch < run.args.epochs:
         lines.append(f"go on:   {resume}")
-    replaced = next((entry.get("replaced_records") for entry in read_log(run.args.out / "log.jsonl")[-1:]), None)
-    if replaced:
-        lines.append(f"damaged records, replaced by others: {', '.join(replaced)}")
-    return "\n".join([*lines, f"test it: python test.py {out}/best.pt --ten-crop"])
+    return "\n".join([*lines, f"test it: python test.py {out}/best.pt --ten-crop", *told])
 
 
 if __name__ == "__main__":

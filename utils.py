@@ -51,12 +51,13 @@ def run_script(main) -> None:
 def report(error: BaseException) -> int:
     """Print one line on stderr about a UserError, OSError or Ctrl-C. Returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
-        return print("stopped", file=sys.stderr) or 130
+        print("stopped", file=sys.stderr)
+        return 130
     text = " ".join(str(error).split())
     if not isinstance(error, UserError):  # disk full, no permission, ...
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}; put that right and run the command again"
-    start = f"error in process {os.environ.get('RANK')}:" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "error:"
+    start = f"error in process {os.environ['RANK']}:" if "RANK" in os.environ else "error:"
     print(start, text if text.isprintable() else ascii(text)[1:-1], file=sys.stderr, flush=True)
     return 2
 
@@ -209,7 +210,7 @@ def evaluate(members, batches):
 @contextmanager
 def replacing(path: Path, ready=None):
     """A binary file to write that takes the place of `path`, or of what a link there leads to, once it is whole and on
-    the disk, and ready(its path), the last thing before that, has raised no ValueError. Where that fails, or where
+    the disk, and ready(its path), the last thing before that, has raised no OSError. Where that fails, or where
     there is a device or a folder, what was there stays and UserError says why."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -225,10 +226,8 @@ def replacing(path: Path, ready=None):
             ready(unfinished)
         unfinished.replace(path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError, ValueError) as error:  # torch reports a failed write as RuntimeError
-        if isinstance(error, UserError):
-            raise
-        reason = getattr(error, "strerror", None) or "what was written does not read back"
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        reason = getattr(error, "strerror", None) or "torch could not write all of it"
         free = shutil.disk_usage(path.parent).free // 1_000_000 if path.parent.exists() else 0
         raise UserError(f"{path} could not be written: {reason}; {free} MB are free there") from None
     finally:

@@ -3,6 +3,7 @@
 This is the one place that knows kinds of nets: AlexNet, and the nets of converted weights, Caffe's and torchvision's.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from data.augment import Augment
-from data.pictures import SHORTER_SIDE, WARPED, to_square
+from data.pictures import to_square
+from data.store import SHORTER_SIDE, WARPED
 from model import AlexNet
 from utils import Diverged, UserError, one_line, replacing
 
@@ -36,9 +38,10 @@ LAYERS = {
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def newest(name: str) -> Path | None:
-    """The youngest checkpoints/*/NAME, or None."""
-    return max(FOLDER.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
+def newest(*names: str) -> Path | None:
+    """The youngest checkpoints/*/NAME of these names, or None."""
+    found = (path for name in names for path in FOLDER.glob(f"*/{name}"))
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -101,7 +104,10 @@ def save_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) 
             raise Diverged(f"{name} is no longer finite at step {checkpoint['step']}; {path} was not written")
 
     def ready(written: Path) -> None:
-        check_archive(written)
+        try:
+            check_archive(written)
+        except ValueError as error:
+            raise OSError(errno.EIO, f"what was written does not read back, {error}") from None
         if previous and path.exists():
             keep_as(path, previous)
 
@@ -113,7 +119,7 @@ def keep_as(path: Path, name: Path) -> None:
     """Give a file a second name, or where the file system has no hard links, that name instead."""
     name.unlink(missing_ok=True)
     try:
-        os.link(path, name)
+        os.link(os.path.realpath(path), name)
     except OSError:
         path.replace(name)
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 import zlib
 from argparse import Namespace
 from contextlib import contextmanager, suppress
@@ -18,12 +19,14 @@ import torch
 from torch import nn
 
 import checkpoints
+import processes
 from checkpoints import check_archive, layer_called, load_checkpoint, save_checkpoint
 from data.store import Store
 from recipe import Schedule
 from utils import UserError, one_line, replacing, write_text
 
 ROOT = checkpoints.FOLDER.parent
+WORKERS_END = 60  # seconds that the readers of a killed process may take to notice
 KERNELS, LAST, PREVIOUS = "conv1.npy", "last.pt", "previous.pt"
 
 
@@ -75,15 +78,20 @@ class Busy(UserError):
 
 
 @contextmanager
-def locked(folder: Path):
-    """Hold the folder. The lock ends with the process and the workers that it forked, however they end (after a
-    SIGKILL torch's workers notice within seconds)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked(folder: Path, seconds: float = 0):
+    """Hold the folder, for which that long is waited. The lock ends with the process and the workers that it forked,
+    however they end (after a SIGKILL torch's workers notice within seconds)."""
+    descriptor, began = os.open(folder, os.O_RDONLY), time.monotonic()
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another process is training in {folder}; wait for it, or choose another --out") from None
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - began >= seconds:
+                    raise Busy(f"another process is training in {folder}; wait for it, or choose another --out"
+                               ) from None
+                time.sleep(0.5)
         yield
     finally:
         os.close(descriptor)
@@ -102,7 +110,7 @@ def run_folder(run: Training, device: torch.device, rank: int, world: int):
     if out is None:
         out = run.args.out = claim_folder(run.store.name)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with locked(out, WORKERS_END if processes.interrupted_run() else 0):
         try:
             if run.args.resume:
                 warning = reopen(run)
@@ -130,7 +138,8 @@ def reopen(run: Training) -> str:
     out = run.args.out
     kept = [
         entry for entry in read_log(out / "log.jsonl")
-        if 0 < entry.get("epoch", 0) <= run.state.epoch and entry["step"] == entry["epoch"] * run.steps_per_epoch
+        if entry.get("epoch") in range(1, run.state.epoch + 1)
+        and entry.get("step") == entry["epoch"] * run.steps_per_epoch
     ]
     write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
     config = read_config(out)

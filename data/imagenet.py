@@ -27,7 +27,7 @@ from utils import Progress, UserError
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TEST_TAR, KIT = "ILSVRC2012_img_test*.tar", "ILSVRC2012_devkit_t12*"
 KAGGLE, SOLUTION, MAPPING = "ILSVRC/Data/CLS-LOC", "LOC_val_solution.csv", "LOC_synset_mapping.txt"
-KIT_BYTES = 2**20  # more than any file that is read of the kit; packed numbers in meta.mat can grow 1000 times
+KIT_BYTES = 2**22  # of any file that is read of the kit, which has 2.5 MB, packed
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -115,19 +116,29 @@ class Loader:
         )
         iterator = iter(streamed)
         try:
-            for images, labels, samples, bad in iterator:
-                self._note(bad)
-                self.unread[samples] = False  # workers are forked anew for the next epoch, and know it then
-                yield images.to(self.device, non_blocking=cuda), labels.to(self.device, non_blocking=cuda)
+            with worker_errors():
+                for images, labels, samples, bad in iterator:
+                    self._note(bad)
+                    self.unread[samples] = False  # workers are forked anew for the next epoch, and know it then
+                    self.unread[list(self.bad)] = True
+                    yield images.to(self.device, non_blocking=cuda), labels.to(self.device, non_blocking=cuda)
         except UserError as error:  # a worker's arrives with its traceback around it; the last line is the message
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"a process that reads pictures has ended: {one_line(error)}") from None
         finally:
             if self.workers:  # now and in good order: at the exit of the process torch complains of what is left
                 iterator._shutdown_workers()
+
+
+@contextmanager
+def worker_errors():
+    """A worker that was killed is a UserError. torch raises it wherever the main thread is just then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads pictures has ended ({one_line(error)}); if nothing above says why, "
+                        "memory may have run out: take fewer --workers") from None
 
 
 class _Batches(Dataset):
@@ -162,4 +173,4 @@ def _start_worker(_: int) -> None:
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 
+from data.store import SHORTER_SIDE
 from utils import UserError
 
 # What a file's ending promises; Pillow looks at the content and opens these formats only.
@@ -27,8 +28,6 @@ ENDINGS = {
     ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF",
 }
 FORMATS = sorted(set(ENDINGS.values()))
-# How a picture becomes a square: in stores, and as Caffe's users did it before packing.
-SHORTER_SIDE, WARPED = "shorter side, antialiased bilinear, centre", "warped, antialiased bilinear"
 MAX_PIXELS = 2**28 // 3  # Pillow's own limit, a quarter of a GiB in RGB; more is taken for a decompression bomb
 MAX_BYTES = 2**28  # of a picture's file
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}

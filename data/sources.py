@@ -141,7 +141,7 @@ def _cifar_binary(name: str) -> Source | None:
         return None
     try:
         files = _read_files(place, folder, [*train, *test, names])
-    except (OSError, KeyError, EOFError, AttributeError, tarfile.TarError, zlib.error) as error:
+    except (OSError, KeyError, EOFError, AttributeError, TypeError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{shown(place)} cannot be read ({one_line(error)}); remove it, or fetch it again") from None
     classes = files[names].decode(errors="replace").split()
 

@@ -23,6 +23,8 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 MEAN = "mean.npy"
 CODECS = ("raw", "jpeg")
+# How a picture becomes a square: in stores, and as Caffe's users did it before packing.
+SHORTER_SIDE, WARPED = "shorter side, antialiased bilinear, centre", "warped, antialiased bilinear"
 HEADER = struct.Struct("<4siHHBBHII")  # magic, label, height, width, channels, codec, 0, payload's CRC-32, its length
 HEADER_CRC = struct.Struct("<I")  # CRC-32 of the header; the payload follows
 MAGIC = b"ALX1"
@@ -217,12 +219,13 @@ def _wrong_part(manifest: dict) -> str | None:
     colours = manifest["channels"] if manifest["channels"] in (1, 3) else 0
     pca = manifest["pca"]
     checks = {
-        "name": isinstance(manifest["name"], str),
+        "name": isinstance(manifest["name"], str) and manifest["name"].isprintable() and "/" not in manifest["name"],
         "classes": words(classes) and len(classes) > 0,
         "wnids": wnids is None or (words(wnids) and len(wnids) == len(classes)),
         "image_size": whole(manifest["image_size"], 1, 4096),
         "channels": colours > 0,
         "codec": manifest["codec"] in CODECS,
+        "resize": manifest["resize"] in (SHORTER_SIDE, WARPED),
         "files": isinstance(files, dict) and MEAN in files and all(
             FILE_NAME.fullmatch(name) and isinstance(entry, dict) and whole(entry.get("bytes"), 0, 2**60)
             and isinstance(entry.get("sha256"), str) for name, entry in files.items()
@@ -368,7 +371,10 @@ def _environment(folder: Path, size: int, changed: float):
     """A shard opened for reading, once a process; of that size and time, or UserError."""
     import lmdb
 
-    file = (folder / "data.mdb").stat()
+    try:
+        file = (folder / "data.mdb").stat()
+    except OSError as error:
+        raise UserError(f"{folder / 'data.mdb'}: {error.strerror}; the store was there when it was opened") from None
     if file.st_size != size or abs(file.st_mtime - changed) > CLOCKS:
         raise UserError(f"{folder / 'data.mdb'} was changed while it was in use; put the store as it was, then go on")
     key = (file.st_dev, file.st_ino)

@@ -30,7 +30,7 @@ import options
 import test
 import train
 import utils
-from checkpoints.run import Busy, append_line, environment, locked, read_config, read_log
+from checkpoints.run import LAST, PREVIOUS, Busy, append_line, environment, locked, read_config, read_log
 from data import pack
 from data.pack import named_store
 from data.store import Store
@@ -195,13 +195,14 @@ def make_net(name: str, row: Row, seed: int, device: torch.device, precision: st
             "val_top1_error": min(e["val_top1_error"] for e in log), **tested,
             "seconds": sum(e["seconds"] for e in log),
         })
-        (out / "last.pt").unlink()  # best.pt stays, for nets together
+        for name in (LAST, PREVIOUS):  # best.pt stays, for nets together
+            (out / name).unlink(missing_ok=True)
     return 0
 
 
 def train_net(row: Row, seed: int, device: torch.device, precision: str, out: Path) -> tuple[int, str | None]:
     """train.py's exit status, and what it said if the net diverged."""
-    started = (out / "last.pt").exists()
+    started = any((out / name).exists() for name in (LAST, PREVIOUS))
     if not started:  # killed at its very start, or its line in RESULTS has been taken away
         shutil.rmtree(out, ignore_errors=True)
     anew = ["--seed", str(seed), "--precision", precision, "--device", device.type, "--out", str(out)]

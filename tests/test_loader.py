@@ -118,11 +118,12 @@ def test_damaged_records_are_replaced_and_counted(store, tmp_path, workers):
     plan = np.split(np.arange(96), 4)
     how = {"workers": workers or 0, "resident": workers is None}
     loader = Loader(Store(copy), "train", skip_bad=2, **how)
-    found = [torch.cat(part).numpy() for part in zip(*loader.batches(plan), strict=True)]
     by = np.arange(96)
     by[[30, 70]] = 31, 71
-    assert np.array_equal(found[0], images[by])
-    assert np.array_equal(found[1], labels[by])
+    for _ in range(2):  # also when their checksums have been compared before
+        found = [torch.cat(part).numpy() for part in zip(*loader.batches(plan), strict=True)]
+        assert np.array_equal(found[0], images[by])
+        assert np.array_equal(found[1], labels[by])
     assert np.array_equal(loader.every_label, labels if workers is not None else labels[by])
     assert sorted(loader.bad) == [30, 70]
     with pytest.raises(UserError, match="more than 1 damaged records in train, picture 30 the first"):
@@ -152,7 +153,7 @@ def test_a_worker_that_is_killed_is_one_line(store, monkeypatch):
 
     loader = Loader(store, "train", workers=1, resident=False)
     monkeypatch.setattr(loader.records, "read", killed)
-    with pytest.raises(UserError, match=r"a process that reads pictures has ended: DataLoader worker"):
+    with pytest.raises(UserError, match=r"has ended \(DataLoader worker.*take fewer --workers"):
         list(loader.batches([np.arange(8)]))
 
 

@@ -197,5 +197,5 @@ def test_one_process_needs_none_of_this(monkeypatch):
     assert processes.interrupted_run() is None
     assert processes.united({"b", "a"}) == ["a", "b"]
     assert processes.leave(3) == 3
-    with pytest.raises(UserError), processes.ending_together(1):
+    with pytest.raises(UserError), processes.ending_together():
         raise UserError("as it is")

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -243,6 +244,58 @@ def test_a_damaged_last_pt_is_told_and_the_one_before_taken(store, ten_steps, tm
     (out / "previous.pt").unlink()
     with pytest.raises(UserError, match=r"last.pt is no checkpoint of this project, or is damaged"):
         resume(out, "--max-steps", 12)
+
+
+def test_a_run_with_init_goes_on_from_previous_pt_too(store, run_folder, tmp_path, capsys):
+    """Whose net is that of the checkpoint; --init's own file may be gone by then."""
+    shutil.copy(run_folder / "best.pt", tmp_path / "best.pt")
+    run(store, tmp_path / "run", "--init", tmp_path / "best.pt", "--max-steps", 7, "--epochs", 2)
+    (tmp_path / "run" / "last.pt").write_bytes(b"")
+    (tmp_path / "best.pt").unlink()
+    resume(tmp_path / "run", "--max-steps", 8)
+    assert "goes on from previous.pt" in capsys.readouterr().err
+    assert load(tmp_path / "run" / "last.pt")["step"] == 8
+
+
+def test_the_newest_run_is_resumed_whichever_checkpoint_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
+    for name, seconds in (("a-1/last.pt", 1), ("b-1/previous.pt", 2)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert checkpoints.newest("last.pt", "previous.pt") == tmp_path / "b-1/previous.pt"
+    assert checkpoints.newest("best.pt") is None
+
+
+def test_a_checkpoint_that_is_a_link_and_one_without_hard_links(tmp_path, monkeypatch):
+    """What was behind the link becomes the one before."""
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "x"
+    (tmp_path / "last.pt").symlink_to(target)
+    for step in (1, 2):
+        checkpoints.save_checkpoint(tmp_path / "last.pt", {"model": {}, "step": step}, tmp_path / "previous.pt")
+    assert (load(tmp_path / "previous.pt")["step"], load(target)["step"]) == (1, 2)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    (tmp_path / "last.pt").unlink()
+    for step in (3, 4):
+        checkpoints.save_checkpoint(tmp_path / "last.pt", {"model": {}, "step": step}, tmp_path / "previous.pt")
+    assert (load(tmp_path / "previous.pt")["step"], load(tmp_path / "last.pt")["step"]) == (3, 4)
+
+
+def test_a_disk_that_gives_back_something_else_is_noticed(tmp_path, monkeypatch):
+    """The old checkpoint stays."""
+    checkpoints.save_checkpoint(tmp_path / "last.pt", {"model": {"w": torch.ones(1000)}, "step": 1})
+    sync = os.fsync
+
+    def rotten(descriptor):
+        sync(descriptor)
+        os.pwrite(os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY), b"rot", 1500)
+
+    monkeypatch.setattr(os, "fsync", rotten)
+    with pytest.raises(UserError, match="could not be written: what was written does not read back, the checksum of"):
+        checkpoints.save_checkpoint(tmp_path / "last.pt", {"model": {"w": torch.zeros(1000)}, "step": 2})
+    assert load(tmp_path / "last.pt")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(store, tmp_path):
