@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import h5py
-import imagenet_files as small
 import numpy as np
 import pytest
 from conftest import pictures, small_source
@@ -21,6 +20,7 @@ from helpers import ROOT, content
 from PIL import Image
 from test_pictures import ODD
 
+from benchmarks.faults import imagenet_files as small
 from data import pack, sources
 
 KILLS = 20

@@ -12,12 +12,12 @@ import tarfile
 import time
 from pathlib import Path
 
-import imagenet_files as small
 import numpy as np
 import pytest
 from helpers import ROOT, content
 
 import test as testing
+from benchmarks.faults import imagenet_files as small
 from data import imagenet, pack, sources
 from data.trees import Split, ilsvrc_wnids
 from utils import UserError

@@ -5,13 +5,13 @@ import shutil
 import subprocess
 import sys
 
-import imagenet_files as small
 import numpy as np
 import pytest
 from conftest import pictures
 from helpers import ROOT
 from PIL import Image
 
+from benchmarks.faults import imagenet_files as small
 from data import pack, sources, trees
 from utils import UserError
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.io import savemat
 
 from data.trees import ilsvrc_wnids
 
@@ -110,6 +109,8 @@ def kit(count: int = 1000) -> bytes:
 
 def meta(count: int = 1000) -> bytes:
     """synsets as in the kit: the classes in the order of their numbers, then inner nodes of the tree."""
+    from scipy.io import savemat
+
     columns = ("ILSVRC2012_ID", "WNID", "words", "num_children")
     numbered = sorted(zip(kit_numbers(count), WNIDS[:count], strict=True))
     rows = [(number, wnid, f"words, of {wnid}", 0) for number, wnid in numbered]
