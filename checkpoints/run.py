@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import time
-import zlib
 from argparse import Namespace
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from torch import nn
 import checkpoints
 import processes
 from checkpoints import check_archive, layer_called, load_checkpoint, save_checkpoint
-from data.store import Store
+from data.store import Store, checksum, fits_checksum
 from recipe import Schedule
 from utils import UserError, one_line, replacing, write_text
 
@@ -153,19 +152,13 @@ def read_config(out: Path) -> dict:
     try:
         config = json.loads((out / "config.json").read_text())
         dict(config["arguments"]), config["fingerprint"], config["kernels"]
-        changed = config.get("checksum", checksum(config)) != checksum(config)
+        changed = not fits_checksum(config)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None
     if changed:
         raise UserError(f"{out / 'config.json'} was changed since train.py wrote it, or is damaged: put it right, or "
                         "remove its \"checksum\" to take it as it is")
     return config
-
-
-def checksum(config: dict) -> int:
-    """Of a config.json, but for this number itself."""
-    rest = {name: value for name, value in config.items() if name != "checksum"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def write_config(run: Training, config: dict) -> None:

@@ -23,7 +23,7 @@ from data.encode import CHUNK, Moments, encode_chunk
 from data.job import Job, agree, forget_repaired, refuse_place, shard_name, tidy
 from data.pictures import SHORTER_SIDE, Files, printable
 from data.pool import in_order, start_pool
-from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, file_entry, names_file
+from data.store import CODECS, FORMAT, MANIFEST, MEAN, ShardWriter, Store, checksum, file_entry, names_file
 from data.trees import UNLABELLED, VAL
 from utils import Parser, Progress, UserError, run_script, shown, sync_folder, whole, write_text
 
@@ -336,7 +336,7 @@ def _describe(job: Job, entries: dict[str, list[dict]]) -> None:
         "repaired": {split: _repairs(part) for split, part in entries.items() if _repairs(part)},
         "channel_mean": moments.mean().mean((0, 1)).tolist(), "pca": moments.pca(), "files": files,
     }
-    write_text(job.store / MANIFEST, json.dumps(manifest, indent=1))
+    write_text(job.store / MANIFEST, json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1))
 
 
 def _repairs(entries: list[dict]) -> dict:

@@ -145,7 +145,7 @@ class Store:
         } - set(manifest)
         if missing:
             raise UserError(f"{self.path / MANIFEST} lacks {', '.join(sorted(missing))}; pack the store again")
-        wrong = _wrong_part(manifest)
+        wrong = _wrong_part(manifest) or ("checksum" if not fits_checksum(manifest) else None)
         if wrong:
             raise UserError(f"{self.path / MANIFEST} is damaged or was changed: its {wrong} cannot be right; pack the "
                             "store again")
@@ -163,6 +163,7 @@ class Store:
         return changed
 
     def _read_mean(self) -> np.ndarray:
+        self._check_sum(MEAN)
         try:  # mapped first: the file's own word for its size is not taken
             mean = np.load(self.path / MEAN, mmap_mode="r", allow_pickle=False)
             if mean.shape != (self.size, self.size, self.channels) or mean.dtype != np.float32:
@@ -170,6 +171,11 @@ class Store:
             return np.array(mean)
         except (ValueError, EOFError, TypeError, SyntaxError):
             raise UserError(f"{self.path / MEAN} is damaged; copy or pack the store again") from None
+
+    def _check_sum(self, name: str) -> None:
+        """Of a small file, each time that it is read."""
+        if file_entry(self.path / name)["sha256"] != self.manifest["files"][name]["sha256"]:
+            raise UserError(f"{self.path / name} is damaged (wrong SHA-256); copy or pack the store again")
 
     def split(self, name: str) -> "Records":
         """The records of one split. Raises UserError for a split that the store does not have."""
@@ -182,6 +188,7 @@ class Store:
         if names_file(split) not in self.manifest["files"]:
             return None
         file = self.path / names_file(split)
+        self._check_sum(file.name)
         try:
             names = file.read_text(encoding="utf-8").split("\n")[:-1]
         except UnicodeDecodeError:
@@ -449,6 +456,17 @@ def _disk_errors(folder: Path):
     except lmdb.Error as error:
         free = shutil.disk_usage(folder).free // 1_000_000
         raise UserError(f"{folder} could not be written: {error}; {free} MB are free there") from None
+
+
+def checksum(content: dict) -> int:
+    """Of what a JSON file holds, its CRC-32, but for the entry "checksum" itself."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def fits_checksum(content: dict) -> bool:
+    """Whether a JSON file is what was written. One without a checksum is taken as it is."""
+    return content.get("checksum", checksum(content)) == checksum(content)
 
 
 def file_entry(path: Path) -> dict:

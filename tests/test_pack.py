@@ -219,6 +219,6 @@ def test_manifest_is_complete(store):
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert set(manifest) == {
         "format", "name", "classes", "wnids", "image_size", "channels", "codec", "resize", "shards", "unlabelled",
-        "skipped", "repaired", "channel_mean", "pca", "files",
+        "skipped", "repaired", "channel_mean", "pca", "files", "checksum",
     }
     assert set(manifest["files"]) == {"mean.npy", "train-00000/data.mdb", "val-00000/data.mdb", "test-00000/data.mdb"}

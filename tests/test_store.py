@@ -132,9 +132,41 @@ def test_another_format_is_refused(copy, number):
     )
 
 
+def test_a_changed_number_in_a_manifest_is_refused(copy):
+    """By its checksum; without that, as in stores of before, it is taken as it is."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    shorter = manifest["shards"] | {"test": [manifest["shards"]["test"][0] | {"count": 20}]}
+    edit_manifest(copy, shards=shorter)
+    with pytest.raises(UserError, match="its checksum cannot be right"):
+        store.Store(copy)
+    del manifest["checksum"]
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": shorter}))
+    assert store.Store(copy).counts["test"] == 20
+
+
+def test_a_flipped_bit_in_the_mean_or_in_names_is_refused(copy):
+    """It would change all pictures a little, or a name in --predictions, and nobody would notice."""
+    name = copy / "test-names.txt"
+    name.write_text("".join(f"{n}.jpg\n" for n in range(30)))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["checksum"]
+    (copy / "manifest.json").write_text(json.dumps(
+        manifest | {"files": manifest["files"] | {name.name: store.file_entry(name)}}
+    ))
+    assert store.Store(copy).names("test")[7] == "7.jpg"
+    name.write_text(name.read_text().replace("7", "6"))
+    with pytest.raises(UserError, match=r"test-names.txt is damaged \(wrong SHA-256\)"):
+        store.Store(copy).names("test")
+    mean = bytearray((copy / "mean.npy").read_bytes())
+    mean[5000] ^= 1
+    (copy / "mean.npy").write_bytes(mean)
+    with pytest.raises(UserError, match=r"mean.npy is damaged \(wrong SHA-256\)"):
+        store.Store(copy)
+
+
 def test_what_a_manifest_lacks_is_named(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
-    for key in set(manifest) - {"format"}:
+    for key in set(manifest) - {"format", "checksum"}:
         (copy / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
         with pytest.raises(UserError, match=f"lacks {key}; pack the store again"):
             store.Store(copy)
