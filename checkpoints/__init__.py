@@ -11,6 +11,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -130,11 +131,23 @@ def _read_safetensors(path: Path, device) -> dict:
 
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            checkpoint = json.loads(file.metadata()["alexnet"])
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        if metadata.get("crc32", "") not in ("", checksum(metadata["alexnet"], tensors)):
+            raise ValueError("checksum")
+        checkpoint = json.loads(metadata["alexnet"])
         return dict(checkpoint) | {"mean": tensors.pop("mean"), "model": tensors, "store": ""}
     except Exception as error:  # of its own kinds; and what a header of another kind brings about
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of what a .safetensors file holds: the format itself has none, and a flipped bit would be another net."""
+    found = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), found)
+        found = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), found)
+    return str(found)
 
 
 def needs_package(name: str) -> None:

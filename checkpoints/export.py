@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoints import KEYS, build_net, load_checkpoint, needs_package
+from checkpoints import KEYS, build_net, checksum, load_checkpoint, needs_package
 from data.augment import Augment
 from model import LocalResponseNorm
 from utils import Parser, UserError, replacing, run_script, shown
@@ -174,8 +174,9 @@ def to_safetensors(checkpoint: dict, path) -> tuple[bytes, str]:
 
     build_net(checkpoint, path)  # raises where the weights do not fit
     tensors = {name: tensor.clone().contiguous() for name, tensor in checkpoint["model"].items()}
-    about = {key: checkpoint[key] for key in KEYS if key not in ("model", "mean", "store")}
-    return save(tensors | {"mean": checkpoint["mean"].contiguous()}, {"alexnet": json.dumps(about)}), "weights and mean"
+    tensors["mean"] = checkpoint["mean"].contiguous()
+    about = json.dumps({key: checkpoint[key] for key in KEYS if key not in ("model", "mean", "store")})
+    return save(tensors, {"alexnet": about, "crc32": checksum(about, tensors)}), "weights and mean"
 
 
 def make_parser() -> Parser:

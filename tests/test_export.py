@@ -174,6 +174,27 @@ def test_a_config_that_is_too_large_for_its_weights_takes_no_memory(run_folder, 
         load_model(tmp_path / "huge.pt")
 
 
+def test_a_flipped_bit_in_safetensors_is_refused(run_folder, tmp_path):
+    """In a weight or in a class's name; a file without a checksum, from before, is taken as it is."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "net.safetensors"
+    export.main([str(run_folder / "best.pt"), str(path)])
+    content = path.read_bytes()
+    for where in (len(content) // 2, content.index(b"class 1")):
+        damaged = bytearray(content)
+        damaged[where] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            load_checkpoint(path)
+    path.write_bytes(content)
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()["alexnet"]
+    save_file(load_file(path), tmp_path / "old.safetensors", {"alexnet": about})
+    assert load_checkpoint(tmp_path / "old.safetensors")["classes"] == load_checkpoint(path)["classes"]
+
+
 def test_headers_that_lie_are_one_line(run_folder, tmp_path):
     """A metadata entry of another kind, a config that fits no weights, a mean of another size."""
     from safetensors.torch import load_file, save_file
