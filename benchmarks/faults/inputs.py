@@ -92,19 +92,20 @@ LAYOUTS = {  # what is damaged in each
 }
 
 
-def picture_set(folder: Path, layout: str, classes: int = 20) -> None:
-    """A small set in one of the LAYOUTS; hdf5 is a single file."""
+def picture_set(folder: Path, layout: str, classes: int = 20) -> Path:
+    """A small set in one of the LAYOUTS; hdf5 is a single file. Returns its place."""
     if layout != "hdf5":
-        imagenet_files.LAYOUTS[layout](folder, classes, **({"absolute": False} if layout == "lists" else {}))
-        return
+        return imagenet_files.LAYOUTS[layout](folder, classes, **({"absolute": False} if layout == "lists" else {}))
     import h5py
 
-    with h5py.File(folder, "w") as h5:
+    file = folder.with_suffix(".h5")
+    with h5py.File(file, "w") as h5:
         h5.attrs["classes"] = ["a", "b"]
         for split, count in (("train", 40), ("val", 10)):
             data = pictures(count, (40, 40, 3), count)
             h5.create_dataset(f"{split}/images", data=data, compression="gzip", chunks=(4, 40, 40, 3))
             h5[f"{split}/labels"] = np.arange(count) % 2
+    return file
 
 
 def packed(place: str, out: Path, workers: int = 2) -> dict:

@@ -227,12 +227,11 @@ def packed(layout: str) -> Callable:
     """data.pack takes a set with a damaged file. What it lists is packed or named."""
 
     def target(place: Path, room: Path, rng: np.random.Generator) -> str:
-        folder, result = room / "set", room / "result.json"
-        inputs.picture_set(folder, layout)
-        damage(folder / str(rng.choice(inputs.LAYOUTS[layout])) if folder.is_dir() else folder, rng)
+        result, sources = room / "result.json", inputs.picture_set(room / "set", layout)
+        damage(sources / str(rng.choice(inputs.LAYOUTS[layout])), rng)
 
         def main(_) -> int:
-            result.write_text(json.dumps(inputs.packed(str(folder), room / "store", workers=1)))
+            result.write_text(json.dumps(inputs.packed(str(sources), room / "store", workers=1)))
             return 0
 
         found, _ = outcome(main, [], room)
