@@ -27,6 +27,7 @@ from utils import UserError, one_line, replacing, write_text
 ROOT = checkpoints.FOLDER.parent
 WORKERS_END = 60  # seconds that the readers of a killed process may take to notice
 KERNELS, LAST, PREVIOUS = "conv1.npy", "last.pt", "previous.pt"
+LOGGED = ("epoch", "step", "lr", "train_loss", "train_top1_error", "val_loss", "val_top1_error")  # what is drawn
 
 
 @dataclass
@@ -133,19 +134,27 @@ def run_folder(run: Training, device: torch.device, rank: int, world: int):
 
 def reopen(run: Training) -> str:
     """Cut the log back to the checkpoint: lines after it, and the line of a --max-steps stop in mid-epoch, are written
-    anew. Returns a warning where other kernels compute now than at the start."""
-    out = run.args.out
-    kept = [
-        entry for entry in read_log(out / "log.jsonl")
-        if entry.get("epoch") in range(1, run.state.epoch + 1)
-        and entry.get("step") == entry["epoch"] * run.steps_per_epoch
-    ]
-    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+    anew. Returns a warning where lines before it are damaged, or other kernels compute now than at the start."""
+    out, warnings = run.args.out, []
+    kept = {
+        entry["epoch"]: entry for entry in read_log(out / "log.jsonl")
+        if is_of_an_epoch(entry, run.steps_per_epoch) and entry["epoch"] <= run.state.epoch
+    }
+    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept.values()))
     config = read_config(out)
     write_config(run, config)
-    if config["kernels"] == run.kernels:
-        return ""
-    return f"this run had: {config['kernels']}; now: {run.kernels}. The sums are rounded otherwise"
+    missing = [str(epoch) for epoch in range(1, run.state.epoch + 1) if epoch not in kept]
+    if missing:
+        warnings.append(f"{out / 'log.jsonl'} is damaged: it has no whole line of epoch {', '.join(missing)}")
+    if config["kernels"] != run.kernels:
+        warnings.append(f"this run had: {config['kernels']}; now: {run.kernels}. The sums are rounded otherwise")
+    return "; ".join(warnings)
+
+
+def is_of_an_epoch(entry: dict, steps_per_epoch: int) -> bool:
+    """Whether a line of the log is whole, and of a whole epoch."""
+    numbers = all(type(entry.get(name)) in (int, float) for name in LOGGED)
+    return numbers and type(entry["epoch"]) is int and 0 < entry["step"] == entry["epoch"] * steps_per_epoch
 
 
 def read_config(out: Path) -> dict:
@@ -215,8 +224,9 @@ def keep_kernels(run: Training) -> None:
     now = layer_called(run.net, "conv1").weight.detach().cpu().to(torch.float16).numpy()[None]
     before = np.empty((0, *now.shape[1:]), np.float16)
     if run.state.epoch:
-        with suppress(OSError, ValueError, EOFError):  # missing or damaged: from here on
-            before = np.load(run.args.out / KERNELS, mmap_mode="r", allow_pickle=False)[: run.state.epoch]
+        with suppress(Exception):  # missing or damaged, for which numpy has many: from here on
+            found = np.load(run.args.out / KERNELS, mmap_mode="r", allow_pickle=False)[: run.state.epoch]
+            before = found if (found.shape[1:], found.dtype) == (now.shape[1:], now.dtype) else before
     with replacing(run.args.out / KERNELS) as file:
         np.save(file, np.concatenate([before, now]))
 

@@ -330,6 +330,19 @@ def test_a_log_with_a_torn_last_line_is_read(tmp_path):
     assert runs.read_log(tmp_path / "log") == [{"a": 1}, {"a": 2}, {"a": 4}, {"a": 5}]
 
 
+@pytest.mark.parametrize("damage", [b"val_loss", b'"step"', b'"epoch": 1'])
+def test_a_damaged_line_of_the_log_is_told_on_resume(store, tmp_path, capsys, damage):
+    """Of an epoch that is done: it is left out, where it stopped the run with a traceback."""
+    out = tmp_path / "run"
+    run(store, out, "--epochs", 2, "--max-steps", 11)
+    content = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(content.replace(damage, b"#" + damage[1:], 1))
+    capsys.readouterr()
+    assert resume(out, "--max-steps", 12) == 0
+    assert "log.jsonl is damaged: it has no whole line of epoch 1\n" in capsys.readouterr().err
+    assert [entry["epoch"] for entry in runs.read_log(out / "log.jsonl")] == [2]
+
+
 def test_environment_names_versions_and_hardware():
     found = runs.environment(torch.device("cpu"))
     assert found["torch"] == torch.__version__
@@ -353,6 +366,10 @@ def test_conv1_is_kept_at_the_start_and_after_each_epoch(store, tmp_path):
     resume(tmp_path / "parts", "--max-steps", "100")
     np.testing.assert_array_equal(np.load(tmp_path / "parts" / "conv1.npy"), kept)
     run(store, tmp_path / "lost", "--epochs", "3", "--max-steps", "8")
-    (tmp_path / "lost" / "conv1.npy").write_bytes(b"\x93NUMPY")
-    resume(tmp_path / "lost", "--max-steps", "100")
-    assert len(np.load(tmp_path / "lost" / "conv1.npy")) == 2  # from there on
+    content = (tmp_path / "lost" / "conv1.npy").read_bytes()
+    bracket, shape = content.replace(b", 11, 11)", b", (((11, 11"), content.replace(b"96, 3", b"3, 96")
+    for damaged in (b"\x93NUMPY", bracket, shape):
+        lost = shutil.copytree(tmp_path / "lost", tmp_path / "again", dirs_exist_ok=True)
+        (lost / "conv1.npy").write_bytes(damaged)
+        resume(lost, "--max-steps", "12")
+        assert len(np.load(lost / "conv1.npy")) == 1  # from there on
