@@ -133,7 +133,7 @@ def _read_safetensors(path: Path, device) -> dict:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        if metadata.get("crc32", "") not in ("", checksum(metadata["alexnet"], tensors)):
+        if metadata.get("crc32", "") not in ("", weights_checksum(metadata["alexnet"], tensors)):
             raise ValueError("checksum")
         checkpoint = json.loads(metadata["alexnet"])
         return dict(checkpoint) | {"mean": tensors.pop("mean"), "model": tensors, "store": ""}
@@ -141,7 +141,7 @@ def _read_safetensors(path: Path, device) -> dict:
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
 
 
-def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+def weights_checksum(text: str, tensors: dict[str, Tensor]) -> str:
     """CRC-32 of what a .safetensors file holds: the format itself has none, and a flipped bit would be another net."""
     found = zlib.crc32(text.encode())
     for name, tensor in sorted(tensors.items()):

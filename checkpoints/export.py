@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoints import KEYS, build_net, checksum, load_checkpoint, needs_package
+from checkpoints import KEYS, build_net, load_checkpoint, needs_package, weights_checksum
 from data.augment import Augment
 from model import LocalResponseNorm
 from utils import Parser, UserError, replacing, run_script, shown
@@ -176,7 +176,7 @@ def to_safetensors(checkpoint: dict, path) -> tuple[bytes, str]:
     tensors = {name: tensor.clone().contiguous() for name, tensor in checkpoint["model"].items()}
     tensors["mean"] = checkpoint["mean"].contiguous()
     about = json.dumps({key: checkpoint[key] for key in KEYS if key not in ("model", "mean", "store")})
-    return save(tensors, {"alexnet": about, "crc32": checksum(about, tensors)}), "weights and mean"
+    return save(tensors, {"alexnet": about, "crc32": weights_checksum(about, tensors)}), "weights and mean"
 
 
 def make_parser() -> Parser:
