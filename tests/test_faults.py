@@ -1,26 +1,30 @@
-"""Packing under attack: killed at random moments, and fed with mutated pictures and archives. Seeds are fixed."""
+"""Packing under attack: killed at random moments, and fed with mutated pictures and archives. And the campaign of
+benchmarks.faults, a little of it. Seeds are fixed."""
 
 import errno
 import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-from conftest import pictures, small_source
-from helpers import ROOT, content
+from conftest import small_source
+from helpers import content
 from PIL import Image
 from test_pictures import ODD
 
+import checkpoints
+from benchmarks import faults
+from benchmarks.faults import __main__ as campaign
 from benchmarks.faults import imagenet_files as small
+from benchmarks.faults import inputs, mutate
+from benchmarks.faults.mutate import mutated
 from data import pack, sources
 
 KILLS = 20
@@ -80,42 +84,21 @@ def test_after_twenty_kills_the_store_is_that_of_an_unbroken_run(tmp_path):
 # ---------------------------------------------------------------------------------------------- mutations
 
 
-def mutated(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-    """Cut off, bits flipped, bytes overwritten or left out, a part of another file put in, or a number in the header
-    made absurd."""
-    data, size = bytearray(data), len(data)
-    kind = rng.integers(6)
-    if kind == 0:
-        return bytes(data[: rng.integers(size)])
-    if kind == 1:
-        for where in rng.integers(size, size=rng.integers(1, 20)):
-            data[where] ^= 1 << rng.integers(8)
-    elif kind == 2:
-        where, length = rng.integers(size), rng.integers(1, 400)
-        data[where : where + length] = rng.bytes(min(length, size - where))
-    elif kind == 3:
-        where, start = rng.integers(size), rng.integers(len(other))
-        data[where : where + rng.integers(500)] = other[start : start + rng.integers(500)]
-    elif kind == 4:
-        where = rng.integers(size)
-        del data[where : where + rng.integers(1, 300)]
-    else:  # big numbers near the front, where formats keep width and height, and in JPEG's frame header
-        frame = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
-        where = frame + 5 if frame >= 0 else int(rng.integers(min(40, size)))
-        data[where : where + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x20\0\x20\0", b"\0\0\0\0"])
-    return bytes(data)
+def packed_alone(folder: Path, *places: Path) -> tuple[list, int, str]:
+    """Each packed in a process of its own, so that a crash, a hang or its memory shows: what became of each, the most
+    bytes that one took above this process, and what they said on stderr."""
+    found, memory, said = [], 0, ""
+    for number, place in enumerate(places):
 
+        def main(_, place=place, number=number) -> int:
+            print(json.dumps(inputs.packed(str(place), folder / f"store {number}")))
+            return 0
 
-def packed_alone(*places: Path) -> tuple[list, int, str]:
-    """Each packed by pack_alone.py in a process of its own, so that a crash, a hang or its memory shows: what became of
-    each, the most bytes that it and two workers took, and what it said on stderr."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/pack_alone.py", *places], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result["places"], result["memory"], done.stderr
+        ended = faults.run(main, [], folder, seconds=300)
+        faults.check_manners(ended)
+        found.append(json.loads(ended.out.splitlines()[-1]) if ended.status == 0 else ended.err)
+        memory, said = max(memory, ended.memory), said + ended.err
+    return found, memory, said
 
 
 def test_mutated_pictures_are_packed_or_named(tmp_path):
@@ -129,7 +112,7 @@ def test_mutated_pictures_are_packed_or_named(tmp_path):
         small.write(path, mutated(data, other, rng))
     for label in "ab":
         small.write(tmp_path / f"tree/val/{label}/0.jpg", ODD["plain"][1])
-    (done,), memory, stderr = packed_alone(tmp_path / "tree")
+    (done,), memory, stderr = packed_alone(tmp_path, tmp_path / "tree")
     skipped = [entry["picture"] for entry in done["skipped"]]
     assert done["records"] == PICTURES - len(skipped) + 2
     assert len(set(skipped)) == len(skipped)
@@ -143,39 +126,63 @@ def archive(number: int, folder: Path) -> Path:
     """A set of 20 classes with one of its files mutated: tars inside and out, the kit, tables, lists, HDF5."""
     rng = np.random.default_rng(1000 + number)
     layout = ("official", "kaggle", "lists", "hdf5")[number % 4]
-    if layout == "hdf5":
-        file = folder.with_suffix(".h5")
-        with h5py.File(file, "w") as h5:
-            h5.attrs["classes"] = ["a", "b"]
-            for split, count in (("train", 40), ("val", 10)):
-                h5.create_dataset(f"{split}/images", data=pictures(count, (40, 40, 3)), compression="gzip",
-                                  chunks=(4, 40, 40, 3))
-                h5[f"{split}/labels"] = np.arange(count) % 2
-        file.write_bytes(mutated(file.read_bytes(), b"HDF" * 100, rng))
-        return file
-    small.LAYOUTS[layout](folder, 20, **({"absolute": False} if layout == "lists" else {}))
-    names = {
-        "official": ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"],
-        "kaggle": ["LOC_val_solution.csv", "LOC_synset_mapping.txt"], "lists": ["train.txt", "val.txt"],
-    }[layout]
-    file = folder / names[number // 4 % len(names)]
+    place, names = inputs.picture_set(folder, layout), inputs.LAYOUTS[layout]
+    file = place / names[number // 4 % len(names)]
     file.write_bytes(mutated(file.read_bytes(), folder.name.encode() * 200, rng))
-    return folder
+    return place
 
 
 def test_mutated_archives_are_packed_or_refused(tmp_path):
     """60 of each kind in turn. Nothing is lost without a word: what a set lists is packed or named, and a damaged list
     never gives more than the damaged lines other labels."""
-    done, memory, _ = packed_alone(*(archive(number, tmp_path / f"{number:02d}") for number in range(ARCHIVES)))
+    archives = [archive(number, tmp_path / f"{number:02d}") for number in range(ARCHIVES)]
+    done, memory, _ = packed_alone(tmp_path, *archives)
     refused = [result for result in done if isinstance(result, str)]
     packed = [result for result in done if not isinstance(result, str)]
     assert len(done) == ARCHIVES
-    assert all("\n" not in line and line for line in refused)
+    assert all("error: " in line for line in refused)
     for result in packed:
         assert result["listed"] == result["records"] + len(result["skipped"])
         assert result["mislabelled"] <= 3
     assert min(len(refused), len(packed)) > 5
     assert memory < 2e9
+
+
+# ---------------------------------------------------------------------------------------------- the campaign
+
+
+@pytest.mark.parametrize(("kind", "cases"), [("mutate", 25), ("disk", 3), ("kill-training", 2)])
+def test_the_campaign_loses_nothing(kind, cases, tmp_path, capsys):
+    """Its first cases. disk is skipped, and says so, where there is no gcc."""
+    assert_nothing_lost(kind, cases, tmp_path, capsys)
+
+
+def test_two_hundred_damaged_files(tmp_path, capsys, monkeypatch):
+    """Of the kinds that need no net, a tenth of a second each."""
+    quick = ("data.pack", "--verify", ".caffemodel", "mean.npy", ".binaryproto", "config.json")
+    monkeypatch.setattr(mutate, "TARGETS", {n: t for n, t in mutate.TARGETS.items() if n.endswith(quick)})
+    assert_nothing_lost("mutate", 200, tmp_path, capsys)
+
+
+def assert_nothing_lost(kind, cases, tmp_path, capsys):
+    assert campaign.main(["--only", kind, "--cases", str(cases), "--folder", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^{kind} +{cases}   .*, 0 lost$", out, re.M) or f"{kind}: skipped" in out
+
+
+def test_a_case_that_loses_something_can_be_repeated(tmp_path, monkeypatch, capsys):
+    """Without its checksums a checkpoint with a flipped bit passes: the campaign ends with 1 and the command that shows
+    the same again."""
+    monkeypatch.setattr(checkpoints, "check_archive", lambda path: None)
+    monkeypatch.setattr(mutate, "TARGETS", {"best.pt, test.py": mutate.TARGETS["best.pt, test.py"]})
+    assert campaign.main(["--only", "mutate", "--cases", "100", "--folder", str(tmp_path), "--seed", "3"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(r"python -m benchmarks.faults (--only mutate --case \d+ --seed 3)", last)
+    assert campaign.main([*found[1].split(), "--folder", str(tmp_path)]) == 1
+    assert "best.pt, test.py: other predictions, and not a word" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(mutate, "TARGETS", {"best.pt, test.py": mutate.TARGETS["best.pt, test.py"]})
+    assert campaign.main([*found[1].split(), "--folder", str(tmp_path)]) == 0
 
 
 def test_a_disk_that_fails_is_not_the_pictures_fault(tree, tmp_path, monkeypatch):
