@@ -30,6 +30,7 @@ PARSERS = {
     "benchmarks.step": "benchmarks.step", "benchmarks.lrn": "benchmarks.lrn",
     "benchmarks.infer": "benchmarks.infer",
     "benchmarks.loader": "benchmarks.loader", "benchmarks.pack": "benchmarks.pack",
+    "benchmarks.faults": "benchmarks.faults.__main__",
     "checkpoints.convert": "checkpoints.convert", "checkpoints.export": "checkpoints.export",
 }
 PATHS = [ROOT / "README.md", ROOT / "REPRODUCTION.md"]
