@@ -41,7 +41,8 @@ def case(place: Path, rng: np.random.Generator) -> str:
     different = [part for part in wanted if found[part] != wanted[part]]
     if different:
         raise Lost(f"{how}: after {kills} starts its {', '.join(different)} is not that of an unbroken run")
-    return f"{'streaming' if how['streaming'] else 'resident'}, {how['processes']} process(es), {how['precision']}"
+    kind = "streaming" if how["streaming"] else "resident"
+    return f"{kind} {how['precision']}{' in two processes' * (how['processes'] > 1)}"
 
 
 def combination(rng: np.random.Generator) -> dict:
@@ -57,7 +58,7 @@ def combination(rng: np.random.Generator) -> dict:
 def random_fault(rng: np.random.Generator, seconds: float) -> tuple[int, float, list[int]]:
     """(signal, seconds until it comes, to which of two processes)."""
     number = int(rng.choice(STOPS)) if rng.random() < 0.3 else signal.SIGKILL
-    return number, rng.uniform(0, seconds), [[0], [1], [0, 1], [0, 1]][rng.integers(4)]
+    return number, rng.uniform(0, 0.6 * seconds), [[0], [1], [0, 1], [0, 1]][rng.integers(4)]
 
 
 def reference(place: Path, how: dict) -> tuple[dict, float]:
