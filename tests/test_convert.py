@@ -24,7 +24,8 @@ import utils
 from checkpoints import convert
 from data import pack
 from data.augment import epoch_tables
-from data.pictures import WARPED, to_square
+from data.pictures import to_square
+from data.store import WARPED
 from utils import UserError
 
 SHAPES = {
