@@ -131,23 +131,23 @@ def _read_safetensors(path: Path, device) -> dict:
 
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata()
+            checkpoint = dict(json.loads(file.metadata()["alexnet"]))
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        if metadata.get("crc32", "") not in ("", weights_checksum(metadata["alexnet"], tensors)):
+        wanted = checkpoint.pop("crc32", None)
+        if wanted not in (None, weights_checksum(checkpoint, tensors)):
             raise ValueError("checksum")
-        checkpoint = json.loads(metadata["alexnet"])
-        return dict(checkpoint) | {"mean": tensors.pop("mean"), "model": tensors, "store": ""}
+        return checkpoint | {"mean": tensors.pop("mean"), "model": tensors, "store": ""}
     except Exception as error:  # of its own kinds; and what a header of another kind brings about
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
 
 
-def weights_checksum(text: str, tensors: dict[str, Tensor]) -> str:
+def weights_checksum(about: dict, tensors: dict[str, Tensor]) -> int:
     """CRC-32 of what a .safetensors file holds: the format itself has none, and a flipped bit would be another net."""
-    found = zlib.crc32(text.encode())
+    found = zlib.crc32(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), found)
         found = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), found)
-    return str(found)
+    return found
 
 
 def needs_package(name: str) -> None:

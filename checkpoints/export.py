@@ -175,8 +175,10 @@ def to_safetensors(checkpoint: dict, path) -> tuple[bytes, str]:
     build_net(checkpoint, path)  # raises where the weights do not fit
     tensors = {name: tensor.clone().contiguous() for name, tensor in checkpoint["model"].items()}
     tensors["mean"] = checkpoint["mean"].contiguous()
-    about = json.dumps({key: checkpoint[key] for key in KEYS if key not in ("model", "mean", "store")})
-    return save(tensors, {"alexnet": about, "crc32": weights_checksum(about, tensors)}), "weights and mean"
+    about = {key: checkpoint[key] for key in KEYS if key not in ("model", "mean", "store")}
+    about["crc32"] = weights_checksum(about, tensors)
+    # One entry: safetensors writes several in any order, and the same net would give different files.
+    return save(tensors, {"alexnet": json.dumps(about)}), "weights and mean"
 
 
 def make_parser() -> Parser:
