@@ -99,7 +99,7 @@ def test_shards_make_no_difference_to_records(stores, places):
             for one, two in zip(*(s.split(split).read(np.arange(count)) for s in (three, other)), strict=True):
                 assert np.array_equal(one, two)
             assert three.names(split) == other.names(split)
-        for key in set(three.manifest) - {"shards", "files"}:
+        for key in set(three.manifest) - {"shards", "files", "checksum"}:
             assert three.manifest[key] == other.manifest[key], key
     firsts = [(shard["first"], shard["count"]) for shard in three.manifest["shards"]["train"]]
     assert firsts == [(0, 667), (667, 666), (1334, 666)]

@@ -1,6 +1,7 @@
 """test.py: what it prints, on what, and what it refuses."""
 
 import csv
+import hashlib
 import json
 import shutil
 import sys
@@ -217,7 +218,7 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
 
 
 def test_damaged_names_are_one_line(run_folder, tree, tmp_path, monkeypatch, capsys):
-    """Bytes that are not UTF-8, or a name too many, in a file of the right size."""
+    """Bytes that are not UTF-8, or a name too many, in a file of the right size; or with the right checksum as well."""
     for split in ("train", "val"):
         for number, folder in enumerate(("cat", "dog", "cat", "dog")):  # the checkpoint's four classes
             shutil.copytree(tree / split / folder, tree / split / f"class {number}")
@@ -227,13 +228,19 @@ def test_damaged_names_are_one_line(run_folder, tree, tmp_path, monkeypatch, cap
     file = store.path / "val-names.txt"
     names = file.read_bytes()
     monkeypatch.setattr(sys, "argv", ["test.py", str(run_folder / "best.pt"), "--data", str(store.path)])
-    for byte, reason in ((b"\xe9", "not UTF-8 text"), (b"\n", "13 names for 12 pictures")):
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    del manifest["checksum"]
+    for byte, reason in ((b"\xe9", "wrong SHA-256"), (b"\xe9", "not UTF-8 text"), (b"\n", "13 names for 12 pictures")):
         file.write_bytes(names.replace(b"0", byte, 1))
+        if "SHA" not in reason:
+            manifest["files"]["val-names.txt"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            (store.path / "manifest.json").write_text(json.dumps(manifest))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             test.run_script(test.main)
         assert ended.value.code == 2
         assert capsys.readouterr().err == f"error: {file} is damaged ({reason}); copy or pack the store again\n"
+    file.write_bytes(names.replace(b"0", b"1", 1))
     with pytest.raises(UserError, match=r"val-names.txt is damaged \(wrong SHA-256\)"):
         pack.main(["--verify", str(store.path)])
 
