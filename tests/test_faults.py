@@ -23,7 +23,7 @@ import checkpoints
 from benchmarks import faults
 from benchmarks.faults import __main__ as campaign
 from benchmarks.faults import imagenet_files as small
-from benchmarks.faults import inputs, mutate
+from benchmarks.faults import inputs, mutate, training
 from benchmarks.faults.mutate import mutated
 from data import pack, sources
 
@@ -152,16 +152,17 @@ def test_mutated_archives_are_packed_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "cases"), [("mutate", 12), ("disk", 2), ("kill-training", 1)])
-def test_the_campaign_loses_nothing(kind, cases, tmp_path, capsys):
+def test_the_campaign_loses_nothing(kind, cases, tmp_path, capsys, monkeypatch):
     """Its first cases. disk is skipped, and says so, where there is no gcc."""
+    monkeypatch.setattr(training, "ROUNDS", 4)
     assert_nothing_lost(kind, cases, tmp_path, capsys)
 
 
-def test_two_hundred_damaged_files(tmp_path, capsys, monkeypatch):
+def test_a_hundred_damaged_files(tmp_path, capsys, monkeypatch):
     """Of the kinds that need no net, a tenth of a second each."""
     quick = ("data.pack", "--verify", ".caffemodel", "mean.npy", ".binaryproto", "config.json")
     monkeypatch.setattr(mutate, "TARGETS", {n: t for n, t in mutate.TARGETS.items() if n.endswith(quick)})
-    assert_nothing_lost("mutate", 200, tmp_path, capsys)
+    assert_nothing_lost("mutate", 100, tmp_path, capsys)
 
 
 def assert_nothing_lost(kind, cases, tmp_path, capsys):
