@@ -159,7 +159,7 @@ def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: "Wa
             stop, save = watch.decide(state.step, 60 * args.checkpoint_minutes)
             if stop:
                 break
-            if save:
+            if save and state.step_in_epoch < last:  # after the last step there is a validation first
                 take_totals(run, sums, watch)
                 if watch.rank == 0:
                     save_last(run)

@@ -205,7 +205,7 @@ def test_last_pt_is_written_in_mid_epoch_too(store, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "save_checkpoint", save)
     run(store, tmp_path / "run", "--epochs", 1, "--checkpoint-minutes", 0.0001)
-    assert saved == [0, 1, 2, 3, 4, 5, 6, 6, 6]  # after the last step; best.pt and last.pt of the epoch
+    assert saved == [0, 1, 2, 3, 4, 5, 6, 6]  # of the epoch best.pt and last.pt
     assert load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
     assert load(tmp_path / "run" / "previous.pt")["state"]["epoch"] == 0
     assert time.time() - (tmp_path / "run" / "last.pt").stat().st_mtime < 60
