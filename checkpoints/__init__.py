@@ -91,7 +91,7 @@ def check_archive(path: Path) -> None:
             if packed or sum(part.file_size for part in parts) > path.stat().st_size:
                 raise ValueError("it claims to hold more than it does")
             damaged = file.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, struct.error) as error:  # all zipfile's
         raise ValueError(one_line(error)) from None
     if damaged:
         raise ValueError(f"the checksum of its part {damaged} does not match")
