@@ -51,6 +51,8 @@ def decode_record(value, check: bool, out: np.ndarray | None = None) -> tuple[np
     its shape, where there is one. Raises ValueError for a damaged record."""
     payload, shape, label, codec = open_record(value, check)
     if codec == "jpeg":
+        if out is not None and shape != out.shape:
+            raise ValueError(f"the picture's shape is {shape} instead of {out.shape}")
         return _decode_jpeg(payload, np.empty(shape, np.uint8) if out is None else out), label
     return np.frombuffer(payload, np.uint8).reshape(shape), label
 
@@ -62,11 +64,12 @@ def open_record(value, check: bool) -> tuple[memoryview, tuple[int, int, int], i
     magic, label, height, width, channels, codec, _, crc, length = HEADER.unpack_from(value)
     (header_crc,) = HEADER_CRC.unpack_from(value, HEADER.size)
     # Always checked, since a damaged label would pass as another class; it takes well under a microsecond.
-    if magic != MAGIC or zlib.crc32(value[: HEADER.size]) != header_crc:
+    if magic != MAGIC or zlib.crc32(value[: HEADER.size]) != header_crc or codec >= len(CODECS):
         raise ValueError("the record's header is damaged")
     payload = memoryview(value)[HEADER.size + HEADER_CRC.size :]
-    if len(payload) != length:
-        raise ValueError(f"the record has {len(payload)} bytes of a picture instead of {length}")
+    wanted = height * width * channels if CODECS[codec] == "raw" else length
+    if not len(payload) == length == wanted:
+        raise ValueError(f"the record has {len(payload)} bytes of a picture instead of {wanted}")
     if (check or CODECS[codec] == "jpeg") and zlib.crc32(payload) != crc:
         raise ValueError("the record's checksum does not match")
     return payload, (height, width, channels), label, CODECS[codec]
