@@ -46,6 +46,7 @@ from data import sources
 from data.augment import Augment, epoch_tables
 from data.loader import Loader, worker_errors
 from data.pack import named_store, store_of
+from data.pictures import printable
 from data.store import MANIFEST, Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
 from model import AlexNet, activation_parameters
@@ -294,7 +295,7 @@ class Watch:
 
     def warn(self, text: str) -> None:
         if self.rank == 0 and text:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def warn_once(self, about: str, text: str) -> None:
         if about not in self.warned:

@@ -162,14 +162,14 @@ def _wrong_entry(c: dict) -> str | None:
     count = len(c["classes"]) if _are_words(c["classes"]) else 0
     mean = c["mean"]
     checks = {
-        "model": isinstance(c["model"], dict) and all(isinstance(t, Tensor) for t in c["model"].values()),
+        "model": isinstance(c["model"], dict) and all(map(is_plain, c["model"].values())),
         "config": isinstance(c["config"], dict),
         "classes": count > 0,
         "wnids": c["wnids"] is None or (_are_words(c["wnids"]) and len(c["wnids"]) == count),
         "image_size or store_size": sides and c["image_size"] <= c["store_size"],
         "resize": c["resize"] in (SHORTER_SIDE, WARPED),
         "dataset or store": isinstance(c["store"], str) and isinstance(c["dataset"], str),
-        "mean": isinstance(mean, Tensor) and mean.dtype == torch.float32 and mean.ndim == 3 and mean.shape[2] in (1, 3)
+        "mean": is_plain(mean) and mean.dtype == torch.float32 and mean.ndim == 3 and mean.shape[2] in (1, 3)
         and mean.shape[0] == mean.shape[1] and mean.shape[0] in (1, c["store_size"]) and bool(mean.isfinite().all()),
     }
     wrong = next((name for name, right in checks.items() if not right), None)
@@ -177,6 +177,14 @@ def _wrong_entry(c: dict) -> str | None:
         return wrong
     fits = (c["config"].get("num_classes"), c["config"].get("image_size")) == (count, c["image_size"])
     return None if fits else "config"
+
+
+def is_plain(tensor) -> bool:
+    """A dense tensor of floats, in memory, with as many numbers as its shape asks for."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    enough = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return enough and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _are_words(value) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import KEYS, MEAN, caffe_net, check_archive, save_checkpoint, torchvision_net
+from checkpoints import KEYS, MEAN, caffe_net, check_archive, is_plain, save_checkpoint, torchvision_net
 from data.store import SHORTER_SIDE, WARPED
 from data.trees import ilsvrc_wnids
 from utils import Parser, UserError, one_line, run_script, shown
@@ -136,14 +136,6 @@ def read_state(path: Path) -> dict:
     if not isinstance(content, dict) or not all(map(is_plain, content.values())):
         raise UserError(f"{path} holds no state_dict (names and dense tensors of floating-point numbers)")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}  # DataParallel's prefix
-
-
-def is_plain(tensor) -> bool:
-    """A dense tensor of floats, in memory, with as many numbers as its shape asks for."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return False
-    enough = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-    return enough and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def from_torchvision(state: dict, file: str) -> dict:

@@ -19,7 +19,7 @@ from torch import nn
 
 import checkpoints
 import processes
-from checkpoints import check_archive, layer_called, load_checkpoint, save_checkpoint
+from checkpoints import check_archive, is_plain, layer_called, load_checkpoint, save_checkpoint
 from data.store import Store, checksum, fits_checksum
 from recipe import Schedule
 from utils import UserError, one_line, replacing, write_text
@@ -265,14 +265,41 @@ def load_last(run: Training, device: torch.device) -> str:
         raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: it is of another net, {last['config']}")
     try:
         run.net.load_state_dict(last["model"])
-        run.optimizer.load_state_dict(last["optimizer"])
-        run.schedule, run.state = Schedule(**last["schedule"]), State(**last["state"])
+        run.schedule, run.state = same_kind(run.schedule, last["schedule"]), same_kind(run.state, last["state"])
+        if run.state.step != run.state.epoch * run.steps_per_epoch + run.state.step_in_epoch:
+            raise ValueError(f"epochs of {run.steps_per_epoch} steps do not make {run.state}")
+        take_momentum(run, last["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {one_line(error)}") from None
     run.last_is_sound = path.name == LAST
     return "" if run.last_is_sound else (
         f"{run.args.out / LAST} is damaged or missing: this run goes on from {PREVIOUS}, step {run.state.step}"
     )
+
+
+def same_kind(before: State | Schedule, values: dict) -> State | Schedule:
+    """One with other values. Raises ValueError where these can't be any."""
+    new = type(before)(**values)
+    for name, value in vars(new).items():
+        wrong = type(value) is not type(getattr(before, name)) or value != value  # NaN
+        if wrong or (isinstance(value, int | float) and value < 0):
+            raise ValueError(f"its {name} is {value!r}")
+    return new
+
+
+def take_momentum(run: Training, saved: dict) -> None:
+    """The momentum of a checkpoint, at the schedule's learning rate; all other settings stay this run's. Raises
+    ValueError where it does not fit."""
+    groups = run.optimizer.param_groups
+    before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    run.optimizer.load_state_dict(saved)
+    for group, settings in zip(run.optimizer.param_groups, before, strict=True):
+        group |= settings | {"lr": run.schedule.lr * settings["scale"]}
+        for parameter in group["params"]:
+            buffer = run.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            has, wanted = is_plain(buffer) and buffer.shape == parameter.shape, run.state.step and group["momentum"]
+            if not (has if wanted else buffer is None):
+                raise ValueError("its momentum is of another net")
 
 
 # ---------------------------------------------------------------------------------------------- log and curves
