@@ -128,6 +128,7 @@ def check_manners(ended: Ended, statuses=(0, 2)) -> None:
         f"it hung, or took more than {HANGS} seconds": ended.status == -signal.SIGALRM,
         "a traceback": "Traceback" in ended.err or "terminate called" in ended.err,
         f"exit status {ended.status}": ended.status not in statuses,
+        "control characters": any(not c.isprintable() and c not in "\n\r" for c in ended.out + ended.err),
         f"{len(errors)} lines of errors": len(errors) != (ended.status == 2),
         f"{ended.memory / 1e9:.1f} GB of memory": ended.memory > MEMORY,
     }

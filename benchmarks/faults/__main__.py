@@ -6,6 +6,7 @@
 kill-training   trainings killed at random moments and resumed: the weights of an unbroken run, bit for bit
 kill-packing    packings killed at random moments: a whole store or none
 mutate          damaged files of every kind that a command takes: refused in one line, or no wrong result
+forge           files with an absurd part whose checksums all fit: refused in one line, or no crash, hang or much memory
 disk            a disk that is full, or fails, at any one write: one line, and the last good state in place
 starts          torchrun's two processes start and end
 
@@ -24,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.faults import Lost, disk, mutate, packing, prepare, starts, training
+from benchmarks.faults import Lost, disk, forge, mutate, packing, prepare, starts, training
 from utils import Parser, UserError, number, run_script, whole
 
 KINDS = {
-    "kill-training": training.case, "kill-packing": packing.case, "mutate": mutate.case, "disk": disk.case,
-    "starts": starts.case,
+    "kill-training": training.case, "kill-packing": packing.case, "mutate": mutate.case, "forge": forge.case,
+    "disk": disk.case, "starts": starts.case,
 }
 TURN = 20  # seconds, or one case, before it is the next kind's turn
 

@@ -23,13 +23,18 @@ MISLABELLED = 3  # pictures of a set with a damaged list, which has no checksum
 
 
 def case(place: Path, rng: np.random.Generator) -> str:
-    chances = np.array([chance for chance, _ in TARGETS.values()], float)
-    name = str(rng.choice(list(TARGETS), p=chances / chances.sum()))
+    return one_of(TARGETS, place, rng)
+
+
+def one_of(targets: dict, place: Path, rng: np.random.Generator) -> str:
+    """A case of one of the targets, each as often as it says."""
+    chances = np.array([chance for chance, _ in targets.values()], float)
+    name = str(rng.choice(list(targets), p=chances / chances.sum()))
     room = place / "room"
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir()
     try:
-        return TARGETS[name][1](place, room, rng)
+        return targets[name][1](place, room, rng)
     except Lost as error:
         raise Lost(f"{name}: {error}") from None
 
