@@ -151,7 +151,7 @@ def test_mutated_archives_are_packed_or_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------- the campaign
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("mutate", 12), ("disk", 2), ("kill-training", 1)])
+@pytest.mark.parametrize(("kind", "cases"), [("mutate", 8), ("forge", 6), ("disk", 2), ("kill-training", 1)])
 def test_the_campaign_loses_nothing(kind, cases, tmp_path, capsys, monkeypatch):
     """Its first cases. disk is skipped, and says so, where there is no gcc."""
     monkeypatch.setattr(training, "ROUNDS", 4)

@@ -157,6 +157,42 @@ def test_a_checkpoint_of_another_net_is_refused(store, run_folder, tmp_path):
             resume(tmp_path / "run", "--epochs", "2")
 
 
+@pytest.mark.parametrize(
+    ("part", "entry", "value", "said"),
+    [
+        ("state", "step_in_epoch", "1", "its step_in_epoch is '1'"), ("state", "loss_sum", [], r"its loss_sum is \[\]"),
+        ("state", "step", -6, "its step is -6"), ("state", "step", 5, "epochs of 6 steps do not make State"),
+        ("schedule", "lr", math.nan, "its lr is nan"), ("schedule", "patience", None, "its patience is None"),
+        ("optimizer", "momentum", None, "momentum is of another net"),
+        ("optimizer", "momentum", torch.zeros(3), "momentum is of another net"),
+        ("optimizer", "momentum", torch.zeros(1, device="meta"), "meta tensor"),
+    ],
+)
+def test_a_last_pt_with_an_absurd_entry_is_one_line(run_folder, tmp_path, part, entry, value, said):
+    shutil.copytree(run_folder, tmp_path / "run")
+    last = load(run_folder / "last.pt")
+    if part == "optimizer":
+        last["optimizer"]["state"][3]["momentum_buffer"] = value
+    else:
+        last[part][entry] = value
+    torch.save(last, tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=f"does not fit .*{said}") as caught:
+        resume(tmp_path / "run", "--epochs", "2")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_a_checkpoints_optimizer_are_not_taken(run_folder, tmp_path):
+    """Those of config.json count; lr is the schedule's."""
+    last = load(run_folder / "last.pt")
+    last["optimizer"]["param_groups"][0] |= {"lr": 5.0, "momentum": 0.1, "weight_decay": "a", "scale": 7}
+    for name in ("sound", "changed"):
+        shutil.copytree(run_folder, tmp_path / name)
+        if name == "changed":
+            torch.save(last, tmp_path / name / "last.pt")
+        resume(tmp_path / name, "--epochs", "2")
+    assert_same_state(tmp_path / "changed", tmp_path / "sound")
+
+
 def test_runs_that_start_together_get_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "FOLDER", tmp_path / "checkpoints")
     assert [claim_folder("x").name for _ in range(3)] == ["x-1", "x-2", "x-3"]

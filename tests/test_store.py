@@ -226,6 +226,20 @@ def test_a_damaged_label_is_named_while_streaming(copy):
         store.Store(copy).split("train").read(np.arange(10))
 
 
+@pytest.mark.parametrize("codec", store.CODECS)
+@pytest.mark.parametrize(("part", "value"), [(2, 65535), (4, 1), (5, 7)], ids=["height", "channels", "codec"])
+def test_a_header_that_fits_its_checksum_but_not_the_picture_is_refused(codec, part, value):
+    """As no packing writes it: another shape than the bytes have, an unknown codec."""
+    picture = pictures(1, (16, 16, 3))[0]
+    sound = store.encode_record(encode.payload(picture, codec), 5, picture.shape, codec)
+    fields = list(store.HEADER.unpack_from(sound))
+    fields[part] = value
+    header = store.HEADER.pack(*fields)
+    forged = header + store.HEADER_CRC.pack(zlib.crc32(header)) + sound[len(header) + store.HEADER_CRC.size :]
+    with pytest.raises(ValueError, match=r"header is damaged|of a picture instead of|shape is .* instead of"):
+        store.decode_record(forged, True, np.empty(picture.shape, np.uint8))
+
+
 def test_a_jpeg_records_checksum_is_always_compared():
     value = bytearray(store.encode_record(b"\xff\xd8 not a picture", 0, (2, 2, 3), "jpeg"))
     with pytest.raises(ValueError, match="no JPEG"):
