@@ -259,7 +259,7 @@ class Records:
     def __init__(self, store: Store, split: str):
         shards = store.manifest["shards"][split]
         self.path = store.path
-        self.shape = (store.size, store.size, store.channels)
+        self.shape, self.codec = (store.size, store.size, store.channels), store.codec
         self.labels = range(-1, 0) if split in store.unlabelled else range(len(store.classes))
         self.folders = [shard["folder"] for shard in shards]
         self.starts = np.cumsum([0] + [shard["count"] for shard in shards])
@@ -307,11 +307,13 @@ class Records:
         return labels
 
     def check(self, indices) -> None:
-        """Compare the records' CRCs, shapes and labels without decoding anything. Raises UserError."""
+        """Compare the records' CRCs, shapes, labels and codecs without decoding anything. Raises UserError."""
 
         def look(_, value) -> None:
-            _, shape, label, _ = open_record(value, check=True)
+            _, shape, label, codec = open_record(value, check=True)
             self._check_fit(shape, label)
+            if codec != self.codec:
+                raise ValueError(f"the record's codec is {codec} instead of {self.codec}")
 
         self._each(indices, look)
 
