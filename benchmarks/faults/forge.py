@@ -15,7 +15,7 @@ import test
 import train
 from benchmarks.faults import Lost, inputs, small_run, small_store
 from benchmarks.faults.mutate import one_of, outcome
-from checkpoints import export
+from checkpoints import export, weights_checksum
 from data import pack
 from data.store import HEADER, HEADER_CRC, MAGIC, MANIFEST, ShardWriter, checksum, file_entry
 
@@ -142,7 +142,7 @@ def forged_config(place: Path, room: Path, rng: np.random.Generator) -> str:
 
 
 def forged_checkpoint(name: str) -> Callable:
-    """best.pt: tested, exported, started from; last.pt: resumed."""
+    """best.pt: tested, names pictures, exported, started from; last.pt: resumed."""
 
     def target(place: Path, room: Path, rng: np.random.Generator) -> str:
         out = inputs.copy_run(small_run(place), room / "run")
@@ -168,8 +168,33 @@ def forged_checkpoint(name: str) -> Callable:
     return target
 
 
+def forged_safetensors(place: Path, room: Path, rng: np.random.Generator) -> str:
+    """Its header says JSON, with a checksum of that and of the tensors."""
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    path, sound = room / "best.safetensors", inputs.safetensors_file(place)
+
+    def main(argv) -> int:
+        with safe_open(sound, framework="pt") as file:
+            about = json.loads(file.metadata()["alexnet"])
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        if rng.random() < 0.3:
+            name = list(tensors)[rng.integers(len(tensors))]
+            tensors[name] = tensors[name].flatten()[: rng.integers(100)].to(rng.choice(KINDS))
+        else:
+            about = twisted(about, rng)
+        if isinstance(about, dict):
+            about["crc32"] = weights_checksum({k: v for k, v in about.items() if k != "crc32"}, tensors)
+        path.write_bytes(save(tensors, {"alexnet": json.dumps(about)}))
+        return test.main(argv)
+
+    return outcome(main, [path, "--data", small_store(place)], room)[0]
+
+
+KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float8_e5m2)
 TARGETS = {  # as mutate.TARGETS
     "forged record": (3, forged_record), "forged manifest": (4, forged_manifest),
-    "forged config.json": (3, forged_config),
+    "forged config.json": (3, forged_config), "forged .safetensors": (3, forged_safetensors),
     "forged best.pt": (4, forged_checkpoint("best.pt")), "forged last.pt": (4, forged_checkpoint("last.pt")),
 }
