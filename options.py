@@ -14,7 +14,8 @@ from checkpoints.run import LAST, PREVIOUS, read_config
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
-from data.store import MANIFEST, Store
+from data.manifest import MANIFEST
+from data.store import Store
 from data.trees import VAL
 from kernels import multiplies_bf16
 from model import ACTIVATIONS, LRN_ALPHAS, LRN_K, ORDERS, RECIPES, SMALLEST

@@ -45,9 +45,10 @@ from checkpoints.run import (
 from data import sources
 from data.augment import Augment, epoch_tables
 from data.loader import Loader, worker_errors
+from data.manifest import MANIFEST
 from data.pack import named_store, store_of
 from data.pictures import printable
-from data.store import MANIFEST, Store
+from data.store import Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
 from model import AlexNet, activation_parameters
 from options import FEW, NET, parse, settle

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from data.augment import Augment
+from data.manifest import SHORTER_SIDE, WARPED
 from data.pictures import to_square
-from data.store import SHORTER_SIDE, WARPED
 from model import AlexNet
 from utils import Diverged, UserError, one_line, replacing
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from checkpoints import KEYS, MEAN, caffe_net, check_archive, is_plain, save_checkpoint, torchvision_net
-from data.store import SHORTER_SIDE, WARPED
+from data.manifest import SHORTER_SIDE, WARPED
 from data.trees import ilsvrc_wnids
 from utils import Parser, UserError, one_line, run_script, shown
 

@@ -20,7 +20,8 @@ from torch import nn
 import checkpoints
 import processes
 from checkpoints import check_archive, is_plain, layer_called, load_checkpoint, save_checkpoint
-from data.store import Store, checksum, fits_checksum
+from data.manifest import checksum, fits_checksum
+from data.store import Store
 from recipe import Schedule
 from utils import UserError, one_line, replacing, write_text
 

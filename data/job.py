@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.manifest import FORMAT
 from data.pictures import Files, pixels
-from data.store import FORMAT
 from data.trees import Source
 from utils import UserError, shown
 

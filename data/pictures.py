@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from data.store import SHORTER_SIDE
+from data.manifest import SHORTER_SIDE
 from utils import UserError
 
 # What a file's ending promises; Pillow looks at the content and opens these formats only.

@@ -3,34 +3,25 @@
 Reading does not import torch, and lmdb, cv2 and simplejpeg are imported where they are used.
 """
 
-import hashlib
-import json
 import os
-import re
 import shutil
 import struct
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data.guard import reading
+from data.manifest import CODECS, MEAN, file_entry, read_manifest
 from utils import UserError
 
-FORMAT = 3
-MANIFEST = "manifest.json"
-MEAN = "mean.npy"
-CODECS = ("raw", "jpeg")
-# How a picture becomes a square: in stores, and as Caffe's users did it before packing.
-SHORTER_SIDE, WARPED = "shorter side, antialiased bilinear, centre", "warped, antialiased bilinear"
 HEADER = struct.Struct("<4siHHBBHII")  # magic, label, height, width, channels, codec, 0, payload's CRC-32, its length
 HEADER_CRC = struct.Struct("<I")  # CRC-32 of the header; the payload follows
 MAGIC = b"ALX1"
 COMMIT_BYTES = 32 << 20  # a transaction's size: what is lost and written again when the map has to grow
 FIRST_MAP = 64 << 20
-FILE_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")  # of a store, from its folder
 CLOCKS = 2  # seconds by which a file's time may change by itself, as between a file server and its client
 TRIES = 100  # records that are tried in the place of a damaged one
 
@@ -111,14 +102,7 @@ class Store:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder; python -m data.pack makes a store")
-        try:
-            text = (self.path / MANIFEST).read_bytes()
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path} is not a store; pack it first: python -m data.pack {self.path} --out STORE"
-            ) from None
-        self.manifest = self._parse(text)
-        self.fingerprint = hashlib.sha256(text).hexdigest()
+        self.manifest, self.fingerprint = read_manifest(self.path)
         self.name: str = self.manifest["name"]
         self.classes: list[str] = self.manifest["classes"]
         self.wnids: list[str] | None = self.manifest["wnids"]
@@ -129,30 +113,6 @@ class Store:
         self.counts = {split: sum(s["count"] for s in shards) for split, shards in self.manifest["shards"].items()}
         self.changed = self._check_sizes()  # when each file was changed last, in seconds
         self.mean = self._read_mean()
-
-    def _parse(self, text: bytes) -> dict:
-        try:
-            manifest = json.loads(text)
-            version = int(manifest["format"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.path / MANIFEST} is damaged; pack the store again") from None
-        if version != FORMAT:
-            newer = "update the code, or " if version > FORMAT else ""
-            raise UserError(
-                f"{self.path} has store format {version}, this code reads format {FORMAT}; "
-                f"{newer}remove the store and pack it again"
-            )
-        missing = {
-            "name", "classes", "wnids", "image_size", "channels", "codec", "resize", "shards", "unlabelled", "skipped",
-            "repaired", "channel_mean", "pca", "files",
-        } - set(manifest)
-        if missing:
-            raise UserError(f"{self.path / MANIFEST} lacks {', '.join(sorted(missing))}; pack the store again")
-        wrong = _wrong_part(manifest) or ("checksum" if not fits_checksum(manifest) else None)
-        if wrong:
-            raise UserError(f"{self.path / MANIFEST} is damaged or was changed: its {wrong} cannot be right; pack the "
-                            "store again")
-        return manifest
 
     def _check_sizes(self) -> dict[str, float]:
         changed = {}
@@ -204,52 +164,6 @@ class Store:
 
 def names_file(split: str) -> str:
     return f"{split}-names.txt"
-
-
-def _wrong_part(manifest: dict) -> str | None:
-    """The first part of a manifest that can't be right; names of files stay within the store."""
-    shards, files, classes, wnids = (manifest[name] for name in ("shards", "files", "classes", "wnids"))
-
-    def whole(value, low: int, high: int) -> bool:
-        return type(value) is int and low <= value <= high
-
-    def words(value) -> bool:
-        return isinstance(value, list) and all(isinstance(word, str) for word in value)
-
-    def numbers(value, *shape: int) -> bool:
-        with suppress(ValueError, TypeError, OverflowError):
-            array = np.asarray(value, np.float64)
-            return array.shape == shape and bool(np.isfinite(array).all())
-        return False
-
-    def shard(entry) -> bool:
-        fits = isinstance(entry, dict) and all(whole(entry.get(name), 0, 10**8) for name in ("first", "count"))
-        return fits and f"{entry.get('folder')}/data.mdb" in files
-
-    colours = manifest["channels"] if manifest["channels"] in (1, 3) else 0
-    pca = manifest["pca"]
-    checks = {
-        "name": isinstance(manifest["name"], str) and manifest["name"].isprintable() and "/" not in manifest["name"],
-        "classes": words(classes) and len(classes) > 0,
-        "wnids": wnids is None or (words(wnids) and len(wnids) == len(classes)),
-        "image_size": whole(manifest["image_size"], 1, 4096),
-        "channels": colours > 0,
-        "codec": manifest["codec"] in CODECS,
-        "resize": manifest["resize"] in (SHORTER_SIDE, WARPED),
-        "files": isinstance(files, dict) and MEAN in files and all(
-            FILE_NAME.fullmatch(name) and isinstance(entry, dict) and whole(entry.get("bytes"), 0, 2**60)
-            and isinstance(entry.get("sha256"), str) for name, entry in files.items()
-        ),
-        "shards": isinstance(shards, dict) and isinstance(files, dict) and all(
-            isinstance(entries, list) and all(map(shard, entries)) for entries in shards.values()
-        ),
-        "unlabelled": words(manifest["unlabelled"]),
-        "skipped or repaired": isinstance(manifest["skipped"], list) and isinstance(manifest["repaired"], dict),
-        "channel_mean": numbers(manifest["channel_mean"], colours),
-        "pca": pca is None or (isinstance(pca, dict) and numbers(pca.get("eigenvalues"), 3)
-                               and numbers(pca.get("eigenvectors"), 3, 3)),
-    }
-    return next((name for name, right in checks.items() if not right), None)
 
 
 class Records:
@@ -461,20 +375,3 @@ def _disk_errors(folder: Path):
     except lmdb.Error as error:
         free = shutil.disk_usage(folder).free // 1_000_000
         raise UserError(f"{folder} could not be written: {error}; {free} MB are free there") from None
-
-
-def checksum(content: dict) -> int:
-    """Of what a JSON file holds, its CRC-32, but for the entry "checksum" itself."""
-    rest = {name: value for name, value in content.items() if name != "checksum"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def fits_checksum(content: dict) -> bool:
-    """Whether a JSON file is what was written. One without a checksum is taken as it is."""
-    return content.get("checksum", checksum(content)) == checksum(content)
-
-
-def file_entry(path: Path) -> dict:
-    """Size and SHA-256 of a file, as the manifest keeps them."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -24,8 +24,8 @@ import utils
 from checkpoints import convert
 from data import pack
 from data.augment import epoch_tables
+from data.manifest import WARPED
 from data.pictures import to_square
-from data.store import WARPED
 from utils import UserError
 
 SHAPES = {

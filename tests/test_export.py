@@ -15,7 +15,7 @@ import checkpoints
 import test
 import train
 from checkpoints import export, load_checkpoint, load_model
-from data.store import WARPED
+from data.manifest import WARPED
 from model import AlexNet
 from utils import UserError
 

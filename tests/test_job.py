@@ -14,7 +14,7 @@ from helpers import ROOT, content
 from PIL import Image
 
 from data import pack, sources
-from data.store import file_entry
+from data.manifest import file_entry
 from utils import UserError
 
 

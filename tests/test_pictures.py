@@ -16,8 +16,8 @@ from helpers import ROOT
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
+from data.manifest import WARPED
 from data.pictures import MAX_PIXELS, File, Files, open_picture, pixels, square, to_square
-from data.store import WARPED
 from utils import UserError
 
 

@@ -13,6 +13,7 @@ from conftest import pictures
 from helpers import ROOT, damage
 
 from data import encode, store
+from data.manifest import CODECS, file_entry
 from utils import UserError
 
 
@@ -151,7 +152,7 @@ def test_a_flipped_bit_in_the_mean_or_in_names_is_refused(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["checksum"]
     (copy / "manifest.json").write_text(json.dumps(
-        manifest | {"files": manifest["files"] | {name.name: store.file_entry(name)}}
+        manifest | {"files": manifest["files"] | {name.name: file_entry(name)}}
     ))
     assert store.Store(copy).names("test")[7] == "7.jpg"
     name.write_text(name.read_text().replace("7", "6"))
@@ -189,9 +190,10 @@ def test_missing_files_and_foreign_folders_are_named(copy, tmp_path):
         store.Store(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         store.Store(tmp_path / "nowhere")
-    (copy / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        store.Store(copy)
+    for text in ("{", '{"format": Infinity}'):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            store.Store(copy)
 
 
 def test_a_damaged_mean_is_named(copy):
@@ -226,7 +228,7 @@ def test_a_damaged_label_is_named_while_streaming(copy):
         store.Store(copy).split("train").read(np.arange(10))
 
 
-@pytest.mark.parametrize("codec", store.CODECS)
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(("part", "value"), [(2, 65535), (4, 1), (5, 7)], ids=["height", "channels", "codec"])
 def test_a_header_that_fits_its_checksum_but_not_the_picture_is_refused(codec, part, value):
     """As no packing writes it: another shape than the bytes have, an unknown codec."""

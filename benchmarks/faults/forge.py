@@ -17,7 +17,8 @@ from benchmarks.faults import Lost, inputs, small_run, small_store
 from benchmarks.faults.mutate import one_of, outcome
 from checkpoints import export, weights_checksum
 from data import pack
-from data.store import HEADER, HEADER_CRC, MAGIC, MANIFEST, ShardWriter, checksum, file_entry
+from data.manifest import MANIFEST, checksum, file_entry
+from data.store import HEADER, HEADER_CRC, MAGIC, ShardWriter
 
 # What stands where something else should: other kinds, absurd sizes, ways out of a folder, control characters, markup.
 ABSURD = (

@@ -16,7 +16,7 @@ from benchmarks.faults import Lost, check_manners, inputs, run, small_run, small
 from benchmarks.faults.training import fingerprints
 from checkpoints import convert, export
 from data import pack
-from data.store import MANIFEST
+from data.manifest import MANIFEST
 
 BIG = 20_000  # bytes; of larger files half of the damage is near the ends, where formats keep what is where
 MISLABELLED = 3  # pictures of a set with a damaged list, which has no checksum
