@@ -168,7 +168,7 @@ def test_a_hundred_damaged_files(tmp_path, capsys, monkeypatch):
 def assert_nothing_lost(kind, cases, tmp_path, capsys):
     assert campaign.main(["--only", kind, "--cases", str(cases), "--folder", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert re.search(rf"^{kind} +{cases}   .*, 0 lost$", out, re.M) or f"{kind}: skipped" in out
+    assert re.search(rf"^{kind} +{cases} cases   .*, 0 lost$", out, re.M) or f"{kind}: skipped" in out
 
 
 def test_a_case_that_loses_something_can_be_repeated(tmp_path, monkeypatch, capsys):

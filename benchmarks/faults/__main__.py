@@ -32,6 +32,7 @@ KINDS = {
     "kill-training": training.case, "kill-packing": packing.case, "mutate": mutate.case, "forge": forge.case,
     "disk": disk.case, "starts": starts.case,
 }
+CASES, LOST = "cases", "lost"  # what is counted of every kind, besides what its cases return
 TURN = 20  # seconds, or one case, before it is the next kind's turn
 
 
@@ -54,49 +55,46 @@ def campaign(kinds: list[str], place: Path, args) -> int:
     """Take turns until the time is over or each kind has had --cases. Returns the exit status."""
     counts, end = {kind: Counter() for kind in kinds}, time.monotonic() + 60 * args.minutes
     last = 1 if args.case is not None else args.cases
-    waiting = list(kinds)
-    while waiting and (time.monotonic() < end or last):
-        kind = waiting.pop(0)
-        lost = turn(kind, place, counts[kind], end, last, args)
-        print(f"{kind:<14}{counts[kind].total():>6} cases   {words(counts[kind])}", flush=True)
-        if lost is not None:
-            again = f" --seed {args.seed}" if args.seed else ""
-            print(f"{table(counts)}\npython -m benchmarks.faults --only {kind} --case {lost}{again}")
-            return 1
-        if not last or counts[kind].total() < last:
-            waiting.append(kind)
-    print(table(counts))
-    return 0
+    waiting, again = list(kinds), ""
+    try:
+        while waiting and not again and (time.monotonic() < end or last):
+            kind = waiting.pop(0)
+            lost = turn(kind, place, counts[kind], end, last, args)
+            print(row(kind, counts[kind]), flush=True)
+            if lost is not None:
+                seed = f" --seed {args.seed}" if args.seed else ""
+                again = f"python -m benchmarks.faults --only {kind} --case {lost}{seed}"
+            if not last or counts[kind][CASES] < last:
+                waiting.append(kind)
+    finally:  # also after Ctrl-C
+        print("\n".join(["", *(row(kind, found) for kind, found in counts.items()), again]).rstrip())
+    return 1 if again else 0
 
 
 def turn(kind: str, place: Path, counts: Counter, end: float, last: int | None, args) -> int | None:
     """Cases of one kind for a while. Returns the number of one that lost something."""
     stop = min(time.monotonic() + TURN, end)
     while True:
-        case = args.case if args.case is not None else counts.total()
+        case = args.case if args.case is not None else counts[CASES]
+        counts[CASES] += 1
         folder = place / kind
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng([args.seed, zlib.crc32(kind.encode()), case])
         try:
-            counts[KINDS[kind](folder, rng)] += 1
+            found = KINDS[kind](folder, rng)  # a word, or several, to count
+            counts.update([found] if isinstance(found, str) else found)
         except Exception as error:  # also what no oracle thought of
-            counts["lost"] += 1
+            counts[LOST] += 1
             text = str(error) if isinstance(error, Lost) else traceback.format_exc()
             print(f"lost: {kind}, case {case}: {text}", flush=True)
             return case
-        if counts.total() == last or time.monotonic() >= stop:
+        if counts[CASES] == last or time.monotonic() >= stop:
             return None
 
 
-def words(counts: Counter) -> str:
-    found = [f"{count} {outcome}" for outcome, count in sorted(counts.items()) if outcome != "lost"]
-    return ", ".join([*found, f"{counts['lost']} lost"])
-
-
-def table(counts: dict[str, Counter]) -> str:
-    rows = [("kind", "cases", "outcomes")]
-    rows += [(kind, str(found.total()), words(found)) for kind, found in counts.items()]
-    return "\n".join(f"{kind:<14}{cases:>6}   {outcomes}" for kind, cases, outcomes in rows)
+def row(kind: str, counts: Counter) -> str:
+    found = [f"{count} {outcome}" for outcome, count in sorted(counts.items()) if outcome not in (CASES, LOST)]
+    return f"{kind:<14}{counts[CASES]:>6} cases   {', '.join([*found, f'{counts[LOST]} lost'])}"
 
 
 def make_parser() -> Parser:

@@ -14,7 +14,7 @@ from data import pack
 KILLS = 10  # of a packing at most; then it goes on to its end
 
 
-def case(place: Path, rng: np.random.Generator) -> str:
+def case(place: Path, rng: np.random.Generator) -> list[str]:
     codec, shards, workers = str(rng.choice(["jpeg", "raw"])), int(rng.integers(1, 6)), int(rng.integers(1, 4))
     whole, seconds = unbroken(place, codec, shards)
     out = place / "packed"
@@ -26,14 +26,14 @@ def case(place: Path, rng: np.random.Generator) -> str:
             time.sleep(0.005)
         command.signal(signal.SIGKILL)
         check_manners(command.end(), (0, -signal.SIGKILL))
-        kills += command.ended.status != 0
+        kills += command.ended.status == -signal.SIGKILL
         if command.ended.status == 0 and not out.exists():
             raise Lost("a packer ended well and left no store")
     if content(out) != content(whole):
         raise Lost(f"{codec}, {shards} shards: after {kills} kills the store has other bytes")
     for folder in (out, place / ".packed.packing"):
         shutil.rmtree(folder, ignore_errors=True)
-    return codec
+    return [codec, *["SIGKILL"] * kills]
 
 
 def packer(place: Path, out: Path, codec: str, shards: int, workers: int) -> Command:

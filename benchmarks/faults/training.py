@@ -24,25 +24,28 @@ LONGEST = 120  # seconds of a start
 TIMES = ("images_per_second", "stall", "seconds")
 
 
-def case(place: Path, rng: np.random.Generator) -> str:
+def case(place: Path, rng: np.random.Generator) -> list[str]:
     how = combination(rng)
     wanted, seconds = reference(place, how)
     out = place / "chain"
     shutil.rmtree(out, ignore_errors=True)
     more = ["--checkpoint-minutes", str(rng.choice(["10", "1e-3", "1e-5"]))]
-    done, kills = False, 0
+    done, starts, met = False, 0, []
     while not done:
-        kills += 1
-        fault = random_fault(rng, seconds) if kills <= ROUNDS else None
-        done = go_on(place, out, how, more, fault)
+        starts += 1
+        fault = random_fault(rng, seconds) if starts <= ROUNDS else None
+        ended = go_on(place, out, how, more, fault)
+        if fault and ended & {-fault[0], 128 + fault[0]}:
+            met.append(signal.Signals(fault[0]).name)
+        done = ended == {0}
         if not done and rng.random() < 0.25:
-            damage(out / LAST, rng)
+            met.append(f"last.pt {damage(out / LAST, rng)}")
     found = fingerprints(out)
     different = [part for part in wanted if found[part] != wanted[part]]
     if different:
-        raise Lost(f"{how}: after {kills} starts its {', '.join(different)} is not that of an unbroken run")
+        raise Lost(f"{how}: after {starts} starts its {', '.join(different)} is not that of an unbroken run")
     kind = "streaming" if how["streaming"] else "resident"
-    return f"{kind} {how['precision']}{' in two processes' * (how['processes'] > 1)}"
+    return [f"{kind} {how['precision']}{' in two processes' * (how['processes'] > 1)}", *met]
 
 
 def combination(rng: np.random.Generator) -> dict:
@@ -66,15 +69,15 @@ def reference(place: Path, how: dict) -> tuple[dict, float]:
     kept = place / ("-".join(f"{value}" for name, value in how.items() if name != "workers") + ".json")
     if not kept.exists():
         out, began = place / "unbroken", time.monotonic()
-        if not go_on(place, out, how, [], None):
+        if go_on(place, out, how, [], None) != {0}:
             raise Lost(f"{how}: a training that nothing happened to did not come to its end")
         kept.write_text(json.dumps([fingerprints(out), time.monotonic() - began]))
         shutil.rmtree(out)
     return tuple(json.loads(kept.read_text()))
 
 
-def go_on(place: Path, out: Path, how: dict, more: list, fault: tuple | None) -> bool:
-    """Start or resume the training, and let a fault happen to it. Returns whether it came to its end."""
+def go_on(place: Path, out: Path, how: dict, more: list, fault: tuple | None) -> set[int]:
+    """Start or resume the training, and let a fault happen to it. Returns the exit statuses of its processes."""
     resumes = any((out / name).exists() for name in (LAST, PREVIOUS))
     if not resumes:
         shutil.rmtree(out, ignore_errors=True)  # killed at the very start: there is a config.json at most
@@ -88,9 +91,9 @@ def go_on(place: Path, out: Path, how: dict, more: list, fault: tuple | None) ->
     first = ended[0]
     if first.status == 2 and "damaged" in first.err and resumes and not (out / PREVIOUS).exists():
         shutil.rmtree(out)  # the only checkpoint was damaged, and it said so
-        return False
-    check(ended, fault)
-    return all(one.status == 0 for one in ended)
+    else:
+        check(ended, fault)
+    return {one.status for one in ended}
 
 
 def check(ended: list[Ended], fault: tuple | None) -> None:
@@ -146,20 +149,21 @@ def together(started: list[Command]) -> list[Command]:
     return started
 
 
-def damage(path: Path, rng: np.random.Generator) -> None:
-    """Flip a bit of a file, if it is there, or cut it."""
+def damage(path: Path, rng: np.random.Generator) -> str:
+    """Flip a bit of a file, if it is there, or cut it. Returns what was done, in a word."""
     if not path.exists():
-        return
+        return "missing"
     size = path.stat().st_size
     with open(path, "r+b") as file:
         where = int(rng.integers(size))
         if rng.random() < 0.3:
             file.truncate(where)
-            return
+            return "cut"
         file.seek(where)
         byte = file.read(1)[0]
         file.seek(where)
         file.write(bytes([byte ^ 1 << int(rng.integers(8))]))
+    return "changed"
 
 
 def fingerprints(out: Path) -> dict[str, str]:
