@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data import imagenet
+from data.guard import limited
 from data.pictures import printable
 from data.trees import Source, Split, caffe_lists, image_folder
 from utils import UserError, one_line, shown
@@ -267,7 +268,7 @@ class Rows(Sequence):
             raise IndexError(index)
         try:
             return _dataset(self.path, self.name, os.getpid())[self.start + index]
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise UserError(f"{self.name} {self.start + index} cannot be read ({str(error).splitlines()[0]})") from None
 
 
@@ -286,15 +287,16 @@ def _hdf5(path: Path, name: str) -> Source:
 
     try:
         with h5py.File(path, "r") as file:
-            names = np.atleast_1d(file.attrs["classes"])
-            classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
-            found = {
-                split: (file[split]["images"], file[split]["labels"])
-                for split in ("train", "val", "test")
-                if split in file
-            }
-            _check_hdf5(path, found)
-            found = {split: (images, np.asarray(labels)) for split, (images, labels) in found.items()}
+            with limited(path):
+                names = np.atleast_1d(file.attrs["classes"])
+                classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
+                found = {
+                    split: (file[split]["images"], file[split]["labels"])
+                    for split in ("train", "val", "test")
+                    if split in file
+                }
+                _check_hdf5(path, found)
+                found = {split: (images, np.asarray(labels)) for split, (images, labels) in found.items()}
             _check_labels(path, classes, found)
             shape = found["train"][0].shape
             splits = {
@@ -303,7 +305,7 @@ def _hdf5(path: Path, name: str) -> Source:
             }
     except UserError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a data set ({reason}); data/README.md has its form") from None
     if "val" not in splits:

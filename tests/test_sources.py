@@ -5,8 +5,11 @@ import hashlib
 import io
 import pickle
 import shutil
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,6 +18,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import pictures
+from helpers import ROOT
 from torchvision import datasets
 
 from data import pack, sources
@@ -338,6 +342,33 @@ def test_hdf5_files_that_claim_too_much_or_lead_outside_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             sources.find(hostile_hdf5(tmp_path / f"{number}.h5", **parts))
     assert sources.find(hostile_hdf5(tmp_path / "sound.h5")).classes == ["a", "b"]
+
+
+def test_hdf5_that_leads_its_library_in_circles_ends_with_one_line(tmp_path):
+    """Names in a heap whose first object takes no room: libhdf5 looks for the second one for ever."""
+    path = Path(hostile_hdf5(tmp_path / "a.h5"))
+    content = bytearray(path.read_bytes())
+    heap = content.index(b"GCOL") + 16
+    content[heap : heap + 16] = bytes(16)
+    path.write_bytes(content)
+    look = f"from data import guard, sources; guard.LONGEST = 1; sources.find({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {path} is damaged: reading it failed, or did not come to an end in 1 seconds\n"
+
+
+def test_an_alarm_that_was_set_before_comes_in_its_time(tmp_path):
+    path = hostile_hdf5(tmp_path / "a.h5")
+    signal.alarm(100)
+    sources.find(path)
+    assert 90 < signal.alarm(0) <= 100
+
+
+def test_hdf5_whose_links_are_damaged_is_one_line(tmp_path):
+    path = Path(hostile_hdf5(tmp_path / "a.h5"))
+    path.write_bytes(path.read_bytes().replace(b"SNOD", b"SNOB"))
+    with pytest.raises(UserError, match=r"cannot be read as a data set .*bad symbol table node signature"):
+        sources.find(str(path))
 
 
 def test_packed_files_that_unpack_to_more_than_they_may_are_damaged(no_network, tmp_path):
