@@ -3,7 +3,8 @@ over."""
 
 import math
 import os
-from argparse import Namespace
+from argparse import Action, ArgumentTypeError, Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -68,6 +69,7 @@ def resumed(args: Namespace, given: dict) -> Namespace:
     if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
         raise UserError(f"nothing to resume: no {folder / LAST}; start without --resume")
     stored = read_config(folder)["arguments"]
+    refuse_changed(stored, folder)
     if stored.get("drops"):
         stored["patience"] = None  # it has none
     packed_from = stored.get("packed_from", {})
@@ -91,6 +93,30 @@ def refuse_taken(out: Path) -> None:
                         "remove that, or choose another --out")
     if held:
         raise UserError(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
+
+
+def refuse_changed(stored: dict, folder: Path) -> None:
+    known = {action.dest: action for action in make_parser()._actions}  # besides, other versions had other options
+    wrong = [name for name in stored if name in known and not could_be_given(known[name], stored[name])]
+    if not isinstance(stored.get("packed_from", {}), dict):
+        wrong.append("packed_from")
+    if wrong:
+        raise UserError(f"{folder / 'config.json'} was changed, or is damaged: its {wrong[0]} cannot be right")
+
+
+def could_be_given(action: Action, value) -> bool:
+    """Whether a command line can give an option this value."""
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    several, convert = action.nargs == "+", action.type or str
+    if isinstance(value, list) != several or value == []:
+        return False
+    with suppress(ValueError, TypeError, ArgumentTypeError):
+        values = value if several else [value]
+        return all(convert(str(one)) == one and one in (action.choices or [one]) for one in values)
+    return False
 
 
 def flag(name: str) -> str:

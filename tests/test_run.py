@@ -99,6 +99,22 @@ def test_kernels_and_resume(run_folder, tmp_path, capsys):
     assert "warning: this run had: LRN by hand; now: LRN compiled from kernels.c" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("drops", 7), ("drops", []), ("epochs", "90"), ("lr", -1), ("momentum", None), ("mirror", "yes"), ("columns", 3),
+     ("lrn", None), ("activation", ["relu"]), ("packed_from", [1])],
+)
+def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_path, name, value):
+    """One without a checksum, that somebody edited."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["arguments"][name] = value
+    del config["checksum"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} cannot be right"):
+        resume(tmp_path / "run")
+
+
 def test_resume_takes_more_epochs_and_refuses_other_changes(store, run_folder, tmp_path):
     out = shutil.copytree(run_folder, tmp_path / "run")
     for option, value in (("--lr", "0.1"), ("--batch-size", "8"), ("--seed", "1"), ("--recipe", "paper")):
