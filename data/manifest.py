@@ -70,7 +70,7 @@ def _wrong_part(manifest: dict) -> str | None:
         fits = isinstance(entry, dict) and all(whole(entry.get(name), 0, 10**8) for name in ("first", "count"))
         return fits and f"{entry.get('folder')}/data.mdb" in files
 
-    colours = manifest["channels"] if manifest["channels"] in (1, 3) else 0
+    colours = manifest["channels"] if manifest["channels"] in (1, 3) and whole(manifest["channels"], 1, 3) else 0
     pca = manifest["pca"]
     checks = {
         "name": isinstance(manifest["name"], str) and manifest["name"].isprintable() and "/" not in manifest["name"],

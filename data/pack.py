@@ -21,8 +21,8 @@ import utils
 from data import sources
 from data.encode import CHUNK, Moments, encode_chunk
 from data.job import Job, agree, forget_repaired, refuse_place, shard_name, tidy
-from data.manifest import CODECS, FORMAT, MANIFEST, MEAN, checksum, file_entry
-from data.pictures import SHORTER_SIDE, Files, printable
+from data.manifest import CODECS, FORMAT, MANIFEST, MEAN, SHORTER_SIDE, checksum, file_entry
+from data.pictures import Files, printable
 from data.pool import in_order, start_pool
 from data.store import ShardWriter, Store, names_file
 from data.trees import UNLABELLED, VAL

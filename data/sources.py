@@ -269,7 +269,7 @@ class Rows(Sequence):
         try:
             return _dataset(self.path, self.name, os.getpid())[self.start + index]
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{self.name} {self.start + index} cannot be read ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{self.name} {self.start + index} cannot be read ({one_line(error)})") from None
 
 
 @lru_cache(maxsize=1)
@@ -286,17 +286,16 @@ def _hdf5(path: Path, name: str) -> Source:
     import h5py
 
     try:
-        with h5py.File(path, "r") as file:
-            with limited(path):
-                names = np.atleast_1d(file.attrs["classes"])
-                classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
-                found = {
-                    split: (file[split]["images"], file[split]["labels"])
-                    for split in ("train", "val", "test")
-                    if split in file
-                }
-                _check_hdf5(path, found)
-                found = {split: (images, np.asarray(labels)) for split, (images, labels) in found.items()}
+        with limited(path), h5py.File(path, "r") as file:
+            names = np.atleast_1d(file.attrs["classes"])
+            classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
+            found = {
+                split: (file[split]["images"], file[split]["labels"])
+                for split in ("train", "val", "test")
+                if split in file
+            }
+            _check_hdf5(path, found)
+            found = {split: (images, np.asarray(labels)) for split, (images, labels) in found.items()}
             _check_labels(path, classes, found)
             shape = found["train"][0].shape
             splits = {
@@ -306,8 +305,8 @@ def _hdf5(path: Path, name: str) -> Source:
     except UserError:
         raise
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a data set ({reason}); data/README.md has its form") from None
+        why = one_line(error) or type(error).__name__
+        raise UserError(f"{path} cannot be read as a data set ({why}); data/README.md has its form") from None
     if "val" not in splits:
         print(f"{path} has no val/: its test/ drives the learning rate instead", flush=True)
         splits["val"] = splits.pop("test")

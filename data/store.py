@@ -60,7 +60,7 @@ def open_record(value, check: bool) -> tuple[memoryview, tuple[int, int, int], i
     payload = memoryview(value)[HEADER.size + HEADER_CRC.size :]
     wanted = height * width * channels if CODECS[codec] == "raw" else length
     if not len(payload) == length == wanted:
-        raise ValueError(f"the record has {len(payload)} bytes of a picture instead of {wanted}")
+        raise ValueError(f"the record has {len(payload)} bytes of a picture, which is not their right number")
     if (check or CODECS[codec] == "jpeg") and zlib.crc32(payload) != crc:
         raise ValueError("the record's checksum does not match")
     return payload, (height, width, channels), label, CODECS[codec]
@@ -238,24 +238,20 @@ class Records:
         for shard in np.unique(shards):
             folder, start = self.path / self.folders[shard], int(self.starts[shard])
             count, before = int(self.starts[shard + 1]) - start, self.keys[shard]
-            with _environment(folder, *self.expected[shard]).begin(buffers=True) as transaction:
-                reading(self.path)
-                try:
-                    for row in np.flatnonzero(shards == shard):
-                        place = int(indices[row]) - start
-                        error = _try(transaction, before + place, row, use)
-                        if error and bad is not None:
-                            bad[start + place] = str(error)
-                            others = (before + (place + n) % count for n in range(1, TRIES))
-                            error = next((None for key in others if not _try(transaction, key, row, use)), error)
-                        if error:
-                            raise UserError(
-                                f"{self.path}: picture {start + place} ({self.folders[shard]}, key {before + place}): "
-                                f"{error}; copy or pack the store again (python -m data.pack --verify {self.path} "
-                                "checks all of it)"
-                            ) from None
-                finally:
-                    reading("")
+            with _environment(folder, *self.expected[shard]).begin(buffers=True) as transaction, reading(self.path):
+                for row in np.flatnonzero(shards == shard):
+                    place = int(indices[row]) - start
+                    error = _try(transaction, before + place, row, use)
+                    if error and bad is not None:
+                        bad[start + place] = str(error)
+                        others = (before + (place + n) % count for n in range(1, TRIES))
+                        error = next((None for key in others if not _try(transaction, key, row, use)), error)
+                    if error:
+                        raise UserError(
+                            f"{self.path}: picture {start + place} ({self.folders[shard]}, key {before + place}): "
+                            f"{error}; copy or pack the store again (python -m data.pack --verify {self.path} checks "
+                            "all of it)"
+                        ) from None
 
     def _check_fit(self, shape: tuple[int, int, int], label: int) -> None:
         if shape != self.shape:

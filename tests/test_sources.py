@@ -5,7 +5,6 @@ import hashlib
 import io
 import pickle
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -353,21 +352,14 @@ def test_hdf5_that_leads_its_library_in_circles_ends_with_one_line(tmp_path):
     path.write_bytes(content)
     look = f"from data import guard, sources; guard.LONGEST = 1; sources.find({str(path)!r})"
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {path} is damaged: reading it failed, or did not come to an end in 1 seconds\n"
-
-
-def test_an_alarm_that_was_set_before_comes_in_its_time(tmp_path):
-    path = hostile_hdf5(tmp_path / "a.h5")
-    signal.alarm(100)
-    sources.find(path)
-    assert 90 < signal.alarm(0) <= 100
+    why = "reading it crashed, or did not come to an end in 1 seconds; copy it again"
+    assert (done.returncode, done.stderr) == (2, f"error: {path} is damaged: {why}\n")
 
 
 def test_hdf5_whose_links_are_damaged_is_one_line(tmp_path):
     path = Path(hostile_hdf5(tmp_path / "a.h5"))
     path.write_bytes(path.read_bytes().replace(b"SNOD", b"SNOB"))
-    with pytest.raises(UserError, match=r"cannot be read as a data set .*bad symbol table node signature"):
+    with pytest.raises(UserError, match=r"cannot be read as a data set \(\w"):
         sources.find(str(path))
 
 

@@ -238,7 +238,7 @@ def test_a_header_that_fits_its_checksum_but_not_the_picture_is_refused(codec, p
     fields[part] = value
     header = store.HEADER.pack(*fields)
     forged = header + store.HEADER_CRC.pack(zlib.crc32(header)) + sound[len(header) + store.HEADER_CRC.size :]
-    with pytest.raises(ValueError, match=r"header is damaged|of a picture instead of|shape is .* instead of"):
+    with pytest.raises(ValueError, match=r"header is damaged|not their right number|shape is .* instead of"):
         store.decode_record(forged, True, np.empty(picture.shape, np.uint8))
 
 
@@ -286,6 +286,24 @@ def test_other_crashes_stay_crashes(copy):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -11
     assert "failed while it was read" not in done.stderr
+
+
+def test_a_fork_of_a_process_that_has_read_can_still_crash(copy):
+    """Its reads find handlers there already, and let an abort() between them be one."""
+    code = "import sys, os, ctypes, numpy as np; from data.store import Store; "
+    code += f"r = Store({str(copy)!r}).split('train'); r.read(np.arange(2)); pid = os.fork(); "
+    code += "r.read(np.arange(2)); pid or ctypes.CDLL(None).abort(); "
+    code += "pid and print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "-6\n")
+
+
+def test_verifying_names_a_record_of_another_codec(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["checksum"]
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"codec": "jpeg"}))
+    with pytest.raises(UserError, match=r"key 0\): the record's codec is raw instead of jpeg"):
+        store.Store(copy).split("train").check(np.arange(3))
 
 
 def test_damaged_records_are_replaced_where_that_is_wanted(copy):
