@@ -96,8 +96,12 @@ def refuse_taken(out: Path) -> None:
 
 
 def refuse_changed(stored: dict, folder: Path) -> None:
-    known = {action.dest: action for action in make_parser()._actions}  # besides, other versions had other options
+    """Raise UserError where config.json's arguments have a value that no command line gives. Options that this version
+    does not know are left alone."""
+    known = {action.dest: action for action in make_parser()._actions}
     wrong = [name for name in stored if name in known and not could_be_given(known[name], stored[name])]
+    if stored.get("init"):  # a net of another kind has no such options
+        wrong = [name for name in wrong if name not in NET or stored[name] is not None]
     if not isinstance(stored.get("packed_from", {}), dict):
         wrong.append("packed_from")
     if wrong:

@@ -266,9 +266,10 @@ def load_last(run: Training, device: torch.device) -> str:
         raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: it is of another net, {last['config']}")
     try:
         run.net.load_state_dict(last["model"])
-        run.schedule, run.state = same_kind(run.schedule, last["schedule"]), same_kind(run.state, last["state"])
-        if run.state.step != run.state.epoch * run.steps_per_epoch + run.state.step_in_epoch:
-            raise ValueError(f"epochs of {run.steps_per_epoch} steps do not make {run.state}")
+        run.schedule, run.state = restored(run.schedule, last["schedule"]), restored(run.state, last["state"])
+        epoch, rest = divmod(run.state.step, run.steps_per_epoch)
+        if (run.state.epoch, run.state.step_in_epoch) not in ((epoch, rest), (epoch - 1, run.steps_per_epoch + rest)):
+            raise ValueError(f"step {run.state.step} is not in {run.state} of {run.steps_per_epoch} steps an epoch")
         take_momentum(run, last["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {one_line(error)}") from None
@@ -278,29 +279,32 @@ def load_last(run: Training, device: torch.device) -> str:
     )
 
 
-def same_kind(before: State | Schedule, values: dict) -> State | Schedule:
-    """One with other values. Raises ValueError where these can't be any."""
-    new = type(before)(**values)
-    for name, value in vars(new).items():
-        wrong = type(value) is not type(getattr(before, name)) or value != value  # NaN
-        if wrong or (isinstance(value, int | float) and value < 0):
+def restored(new: State | Schedule, saved: dict) -> State | Schedule:
+    """A State or Schedule with what was saved of one. Raises ValueError for a value of another type, a negative one, or
+    one that is not a number; and for other settings than the new one's."""
+    found = type(new)(**saved)
+    for name, value in vars(found).items():
+        own = getattr(new, name)
+        kinds = (float, int) if isinstance(own, float) else type(own)
+        if not (value == own if name in ("patience", "fixed") else isinstance(value, kinds) and value >= 0):
             raise ValueError(f"its {name} is {value!r}")
-    return new
+    return found
 
 
 def take_momentum(run: Training, saved: dict) -> None:
-    """The momentum of a checkpoint, at the schedule's learning rate; all other settings stay this run's. Raises
-    ValueError where it does not fit."""
-    groups = run.optimizer.param_groups
-    before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    run.optimizer.load_state_dict(saved)
-    for group, settings in zip(run.optimizer.param_groups, before, strict=True):
-        group |= settings | {"lr": run.schedule.lr * settings["scale"]}
+    """The momentum of a checkpoint, at the schedule's learning rate; all settings stay this run's. Raises ValueError
+    where it does not fit."""
+    groups = run.optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+        raise ValueError("its optimizer has other groups of parameters")
+    run.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.schedule.lr * group["scale"]
         for parameter in group["params"]:
             buffer = run.optimizer.state.get(parameter, {}).get("momentum_buffer")
             has, wanted = is_plain(buffer) and buffer.shape == parameter.shape, run.state.step and group["momentum"]
             if not (has if wanted else buffer is None):
-                raise ValueError("its momentum is of another net")
+                raise ValueError("its momentum buffers do not fit the net")
 
 
 # ---------------------------------------------------------------------------------------------- log and curves

@@ -105,7 +105,7 @@ def test_kernels_and_resume(run_folder, tmp_path, capsys):
      ("lrn", None), ("activation", ["relu"]), ("packed_from", [1])],
 )
 def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_path, name, value):
-    """One without a checksum, that somebody edited."""
+    """A config.json without a checksum, edited by hand."""
     shutil.copytree(run_folder, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["arguments"][name] = value
@@ -177,10 +177,11 @@ def test_a_checkpoint_of_another_net_is_refused(store, run_folder, tmp_path):
     ("part", "entry", "value", "said"),
     [
         ("state", "step_in_epoch", "1", "its step_in_epoch is '1'"), ("state", "loss_sum", [], r"its loss_sum is \[\]"),
-        ("state", "step", -6, "its step is -6"), ("state", "step", 5, "epochs of 6 steps do not make State"),
+        ("state", "step", -6, "its step is -6"), ("state", "step", 5, "step 5 is not in State.* of 6 steps an epoch"),
         ("schedule", "lr", math.nan, "its lr is nan"), ("schedule", "patience", None, "its patience is None"),
-        ("optimizer", "momentum", None, "momentum is of another net"),
-        ("optimizer", "momentum", torch.zeros(3), "momentum is of another net"),
+        ("state", "step_in_epoch", 6, "step 6 is not in State"), ("schedule", "patience", 9, "its patience is 9"),
+        ("optimizer", "momentum", None, "its momentum buffers do not fit the net"),
+        ("optimizer", "momentum", torch.zeros(3), "its momentum buffers do not fit the net"),
         ("optimizer", "momentum", torch.zeros(1, device="meta"), "meta tensor"),
     ],
 )

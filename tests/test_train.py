@@ -231,6 +231,12 @@ def test_a_diverging_run_stops_with_step_and_rate(store, tmp_path):
     assert load(tmp_path / "run" / "last.pt")["step"] == 0
 
 
+def test_a_warning_does_nothing_to_a_terminal(capsys):
+    """What a config.json or a checkpoint says is printed, too."""
+    train.Watch(torch.device("cpu")).warn("this run had: \x1b[31mred\u202e")
+    assert capsys.readouterr().err == "warning: this run had: \\x1b[31mred\\u202e\n"
+
+
 def test_a_plateau_is_warned_of_once(store, capsys):
     """A mean loss within 1% of ln(classes) after 500 steps, and only then."""
     stuck = types.SimpleNamespace(batch_size=16)
