@@ -171,6 +171,22 @@ def assert_nothing_lost(kind, cases, tmp_path, capsys):
     assert re.search(rf"^{kind} +{cases} cases   .*, 0 lost$", out, re.M) or f"{kind}: skipped" in out
 
 
+def test_kills_are_counted_and_shown_after_ctrl_c_too(tmp_path, capsys, monkeypatch):
+    """A third case is interrupted: two are counted, with the words that they returned, and nothing is lost."""
+    cases = iter([["jpeg", "SIGKILL", "SIGKILL"], ["raw", "SIGKILL"]])
+
+    def case(place, rng):
+        try:
+            return next(cases)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(campaign, "KINDS", {"kill-packing": case})
+    with pytest.raises(KeyboardInterrupt):
+        campaign.main(["--cases", "9", "--folder", str(tmp_path)])
+    assert "kill-packing       2 cases   3 SIGKILL, 1 jpeg, 1 raw, 0 lost" in capsys.readouterr().out
+
+
 def test_a_case_that_loses_something_can_be_repeated(tmp_path, monkeypatch, capsys):
     """Without its checksums a checkpoint with a flipped bit passes: the campaign ends with 1 and the command that shows
     the same again."""

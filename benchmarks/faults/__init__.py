@@ -13,6 +13,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,18 +48,23 @@ class Command:
     """main(argv) as a script in a forked process with one thread. What it says goes to files in `folder`. environment:
     more variables. seconds: after these Linux ends it with SIGALRM, whatever it hangs in."""
 
+    running: ClassVar[set[int]] = set()  # the processes of all commands that have not ended
+
     def __init__(self, main, argv, folder: Path, environment: dict | None = None, seconds: int = HANGS):
         self.said, self.ended = [folder / name for name in (".stdout", ".stderr")], None
         self.alive, held = os.pipe()  # at its end when the last process that holds it has ended
         self.pid = os.fork()
         if not self.pid:
             _become(main, [str(argument) for argument in argv], self.said, environment or {}, seconds)
+        self.running.add(self.pid)
         os.close(held)
 
-    def signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
-        if not self.has_ended():
+    def signal(self, number: int) -> bool:
+        """Send a signal, unless it has ended. Returns whether it was sent."""
+        there = not self.has_ended()
+        if there:
             os.kill(self.pid, number)
+        return there
 
     def has_ended(self) -> bool:
         return self.ended is not None or self._wait(os.WNOHANG)
@@ -78,6 +84,7 @@ class Command:
     def _wait(self, how: int) -> bool:
         pid, status, used = os.wait4(self.pid, how)
         if pid:
+            self.running.discard(pid)
             here = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             said = [path.read_text(errors="replace") for path in self.said]
             self.ended = Ended(os.waitstatus_to_exitcode(status), *said, 1024 * used.ru_maxrss - here)

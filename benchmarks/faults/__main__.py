@@ -6,7 +6,7 @@
 kill-training   trainings killed at random moments and resumed: the weights of an unbroken run, bit for bit
 kill-packing    packings killed at random moments: a whole store or none
 mutate          damaged files of every kind that a command takes: refused in one line, or no wrong result
-forge           files with an absurd part whose checksums all fit: refused in one line, or no crash, hang or much memory
+forge           files with an absurd part whose checksums fit: refused in one line, or used without a crash or a hang
 disk            a disk that is full, or fails, at any one write: one line, and the last good state in place
 starts          torchrun's two processes start and end
 
@@ -16,6 +16,8 @@ that repeats it. What is written goes to --folder, by default a temporary one.
 """
 
 import contextlib
+import os
+import signal
 import tempfile
 import time
 import traceback
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.faults import Lost, disk, forge, mutate, packing, prepare, starts, training
+from benchmarks.faults import Command, Lost, disk, forge, mutate, packing, prepare, starts, training
 from utils import Parser, UserError, number, run_script, whole
 
 KINDS = {
@@ -67,6 +69,8 @@ def campaign(kinds: list[str], place: Path, args) -> int:
             if not last or counts[kind][CASES] < last:
                 waiting.append(kind)
     finally:  # also after Ctrl-C
+        for process in Command.running:
+            os.killpg(process, signal.SIGKILL)
         print("\n".join(["", *(row(kind, found) for kind, found in counts.items()), again]).rstrip())
     return 1 if again else 0
 
@@ -76,15 +80,13 @@ def turn(kind: str, place: Path, counts: Counter, end: float, last: int | None, 
     stop = min(time.monotonic() + TURN, end)
     while True:
         case = args.case if args.case is not None else counts[CASES]
-        counts[CASES] += 1
         folder = place / kind
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng([args.seed, zlib.crc32(kind.encode()), case])
         try:
-            found = KINDS[kind](folder, rng)  # a word, or several, to count
-            counts.update([found] if isinstance(found, str) else found)
+            counts.update([CASES, *KINDS[kind](folder, rng)])  # the words that it returns are counted
         except Exception as error:  # also what no oracle thought of
-            counts[LOST] += 1
+            counts.update([CASES, LOST])
             text = str(error) if isinstance(error, Lost) else traceback.format_exc()
             print(f"lost: {kind}, case {case}: {text}", flush=True)
             return case

@@ -22,8 +22,8 @@ BIG = 20_000  # bytes; of larger files half of the damage is near the ends, wher
 MISLABELLED = 3  # pictures of a set with a damaged list, which has no checksum
 
 
-def case(place: Path, rng: np.random.Generator) -> str:
-    return one_of(TARGETS, place, rng)
+def case(place: Path, rng: np.random.Generator) -> list[str]:
+    return [one_of(TARGETS, place, rng)]
 
 
 def one_of(targets: dict, place: Path, rng: np.random.Generator) -> str:

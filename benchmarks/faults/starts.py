@@ -15,7 +15,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LONGEST = 300  # seconds
 
 
-def case(place: Path, rng: np.random.Generator) -> str:
+def case(place: Path, rng: np.random.Generator) -> list[str]:
     out = place / "started"
     shutil.rmtree(out, ignore_errors=True)
     steps = int(rng.integers(1, 4))
@@ -27,4 +27,4 @@ def case(place: Path, rng: np.random.Generator) -> str:
     )
     if done.returncode or "terminate called" in done.stderr or f"done: {steps} steps" not in done.stdout:
         raise Lost(f"exit status {done.returncode}; {done.stderr[-1500:]}")
-    return "ended well"
+    return ["ended well"]

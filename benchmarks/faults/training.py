@@ -34,11 +34,10 @@ def case(place: Path, rng: np.random.Generator) -> list[str]:
     while not done:
         starts += 1
         fault = random_fault(rng, seconds) if starts <= ROUNDS else None
-        ended = go_on(place, out, how, more, fault)
-        if fault and ended & {-fault[0], 128 + fault[0]}:
+        done, ended = go_on(place, out, how, more, fault)
+        if ended:
             met.append(signal.Signals(fault[0]).name)
-        done = ended == {0}
-        if not done and rng.random() < 0.25:
+        if not done and (out / LAST).exists() and rng.random() < 0.25:
             met.append(f"last.pt {damage(out / LAST, rng)}")
     found = fingerprints(out)
     different = [part for part in wanted if found[part] != wanted[part]]
@@ -69,36 +68,36 @@ def reference(place: Path, how: dict) -> tuple[dict, float]:
     kept = place / ("-".join(f"{value}" for name, value in how.items() if name != "workers") + ".json")
     if not kept.exists():
         out, began = place / "unbroken", time.monotonic()
-        if go_on(place, out, how, [], None) != {0}:
+        if not go_on(place, out, how, [], None)[0]:
             raise Lost(f"{how}: a training that nothing happened to did not come to its end")
         kept.write_text(json.dumps([fingerprints(out), time.monotonic() - began]))
         shutil.rmtree(out)
     return tuple(json.loads(kept.read_text()))
 
 
-def go_on(place: Path, out: Path, how: dict, more: list, fault: tuple | None) -> set[int]:
-    """Start or resume the training, and let a fault happen to it. Returns the exit statuses of its processes."""
+def go_on(place: Path, out: Path, how: dict, more: list, fault: tuple | None) -> tuple[bool, bool]:
+    """Start or resume the training, and let a fault happen to it. Returns whether it came to its end, and whether the
+    fault's signal ended it."""
     resumes = any((out / name).exists() for name in (LAST, PREVIOUS))
     if not resumes:
         shutil.rmtree(out, ignore_errors=True)  # killed at the very start: there is a config.json at most
     started = start(place, out, how, ["--resume"] if resumes else more)
+    number, seconds, ranks = fault or (0, 0, [])
     if fault:
-        number, seconds, ranks = fault
         wait(started, seconds)
-        for rank in ranks:
-            started[rank % len(started)].signal(number)
+    met = [command for command in (started[rank % len(started)] for rank in ranks) if command.signal(number)]
     ended = [command.end() for command in together(started)]
     first = ended[0]
     if first.status == 2 and "damaged" in first.err and resumes and not (out / PREVIOUS).exists():
         shutil.rmtree(out)  # the only checkpoint was damaged, and it said so
     else:
-        check(ended, fault)
-    return {one.status for one in ended}
+        check(ended, number)
+    hit = any(command.ended.status in (-number, 128 + number) for command in met)
+    return all(one.status == 0 for one in ended), hit
 
 
-def check(ended: list[Ended], fault: tuple | None) -> None:
+def check(ended: list[Ended], number: int) -> None:
     """Each process ended as it may: in good order after a signal, if it came that far."""
-    number = fault[0] if fault else 0
     for one in ended:
         if len(ended) == 1:
             check_manners(one, (0, 128 + number, -number))
@@ -150,9 +149,7 @@ def together(started: list[Command]) -> list[Command]:
 
 
 def damage(path: Path, rng: np.random.Generator) -> str:
-    """Flip a bit of a file, if it is there, or cut it. Returns what was done, in a word."""
-    if not path.exists():
-        return "missing"
+    """Flip a bit of a file, or cut it. Returns what was done, in a word."""
     size = path.stat().st_size
     with open(path, "r+b") as file:
         where = int(rng.integers(size))
