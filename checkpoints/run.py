@@ -280,13 +280,15 @@ def load_last(run: Training, device: torch.device) -> str:
 
 
 def restored(new: State | Schedule, saved: dict) -> State | Schedule:
-    """A State or Schedule with what was saved of one. Raises ValueError for a value of another type, a negative one, or
-    one that is not a number; and for other settings than the new one's."""
+    """A State or Schedule with what was saved of one; settings stay the new one's. Raises ValueError for a value of
+    another type, a negative one, or one that is not a number."""
     found = type(new)(**saved)
-    for name, value in vars(found).items():
-        own = getattr(new, name)
-        kinds = (float, int) if isinstance(own, float) else type(own)
-        if not (value == own if name in ("patience", "fixed") else isinstance(value, kinds) and value >= 0):
+    for name, own in vars(new).items():
+        if name in ("patience", "fixed"):
+            setattr(found, name, own)
+            continue
+        value, kinds = getattr(found, name), (float, int) if isinstance(own, float) else type(own)
+        if not (isinstance(value, kinds) and value >= 0):
             raise ValueError(f"its {name} is {value!r}")
     return found
 

@@ -178,8 +178,8 @@ def test_a_checkpoint_of_another_net_is_refused(store, run_folder, tmp_path):
     [
         ("state", "step_in_epoch", "1", "its step_in_epoch is '1'"), ("state", "loss_sum", [], r"its loss_sum is \[\]"),
         ("state", "step", -6, "its step is -6"), ("state", "step", 5, "step 5 is not in State.* of 6 steps an epoch"),
-        ("schedule", "lr", math.nan, "its lr is nan"), ("schedule", "patience", None, "its patience is None"),
-        ("state", "step_in_epoch", 6, "step 6 is not in State"), ("schedule", "patience", 9, "its patience is 9"),
+        ("schedule", "lr", math.nan, "its lr is nan"), ("schedule", "drops", "1", "its drops is '1'"),
+        ("state", "step_in_epoch", 6, "step 6 is not in State"),
         ("optimizer", "momentum", None, "its momentum buffers do not fit the net"),
         ("optimizer", "momentum", torch.zeros(3), "its momentum buffers do not fit the net"),
         ("optimizer", "momentum", torch.zeros(1, device="meta"), "meta tensor"),
@@ -198,10 +198,11 @@ def test_a_last_pt_with_an_absurd_entry_is_one_line(run_folder, tmp_path, part, 
     assert "\n" not in str(caught.value)
 
 
-def test_settings_of_a_checkpoints_optimizer_are_not_taken(run_folder, tmp_path):
-    """Those of config.json count; lr is the schedule's."""
+def test_settings_of_a_checkpoint_are_not_taken(run_folder, tmp_path):
+    """Those of config.json count, for the optimizer and the schedule; the optimizer's lr is the schedule's."""
     last = load(run_folder / "last.pt")
     last["optimizer"]["param_groups"][0] |= {"lr": 5.0, "momentum": 0.1, "weight_decay": "a", "scale": 7}
+    last["schedule"] |= {"patience": "a", "fixed": [1]}
     for name in ("sound", "changed"):
         shutil.copytree(run_folder, tmp_path / name)
         if name == "changed":
