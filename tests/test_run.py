@@ -1,5 +1,6 @@
 """run.py: what a run leaves behind, stopping and resuming to the bit, and folders that are taken."""
 
+import copy
 import errno
 import json
 import math
@@ -8,6 +9,8 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +22,10 @@ import checkpoints
 import train
 import utils
 from checkpoints import run as runs
-from checkpoints.run import claim_folder, locked
+from checkpoints.run import State, claim_folder, locked
 from data import pack
 from model import AlexNet
+from recipe import Schedule, make_optimizer
 from utils import UserError
 
 
@@ -99,20 +103,20 @@ def test_kernels_and_resume(run_folder, tmp_path, capsys):
     assert "warning: this run had: LRN by hand; now: LRN compiled from kernels.c" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("drops", 7), ("drops", []), ("epochs", "90"), ("lr", -1), ("momentum", None), ("mirror", "yes"), ("columns", 3),
-     ("lrn", None), ("activation", ["relu"]), ("packed_from", [1])],
-)
-def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_path, name, value):
+def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_path):
     """A config.json without a checksum, edited by hand."""
-    shutil.copytree(run_folder, tmp_path / "run")
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    config["arguments"][name] = value
+    (tmp_path / "run").mkdir()
+    os.link(run_folder / "last.pt", tmp_path / "run/last.pt")
+    config = json.loads((run_folder / "config.json").read_text())
     del config["checksum"]
-    (tmp_path / "run/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} cannot be right"):
-        resume(tmp_path / "run")
+    for name, value in [
+        ("drops", 7), ("drops", []), ("epochs", "90"), ("lr", -1), ("momentum", None), ("mirror", "yes"),
+        ("columns", 3), ("lrn", None), ("activation", ["relu"]), ("packed_from", [1]),
+    ]:
+        changed = config | {"arguments": config["arguments"] | {name: value}}
+        (tmp_path / "run/config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} cannot be right"):
+            resume(tmp_path / "run")
 
 
 def test_resume_takes_more_epochs_and_refuses_other_changes(store, run_folder, tmp_path):
@@ -174,28 +178,47 @@ def test_a_checkpoint_of_another_net_is_refused(store, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("part", "entry", "value", "said"),
+    ("new", "name", "value"),
     [
-        ("state", "step_in_epoch", "1", "its step_in_epoch is '1'"), ("state", "loss_sum", [], r"its loss_sum is \[\]"),
-        ("state", "step", -6, "its step is -6"), ("state", "step", 5, "step 5 is not in State.* of 6 steps an epoch"),
-        ("schedule", "lr", math.nan, "its lr is nan"), ("schedule", "drops", "1", "its drops is '1'"),
-        ("state", "step_in_epoch", 6, "step 6 is not in State"),
-        ("optimizer", "momentum", None, "its momentum buffers do not fit the net"),
-        ("optimizer", "momentum", torch.zeros(3), "its momentum buffers do not fit the net"),
-        ("optimizer", "momentum", torch.zeros(1, device="meta"), "meta tensor"),
+        (State(), "step_in_epoch", "1"), (State(), "loss_sum", []), (State(), "loss_sum", math.nan),
+        (State(), "step", -6), (Schedule(0.01, 5), "lr", math.nan), (Schedule(0.01, 5), "drops", "1"),
+        (Schedule(0.01, 5), "finished", None),
     ],
 )
-def test_a_last_pt_with_an_absurd_entry_is_one_line(run_folder, tmp_path, part, entry, value, said):
-    shutil.copytree(run_folder, tmp_path / "run")
+def test_what_was_saved_of_a_state_has_to_be_of_its_kind(new, name, value):
+    with pytest.raises(ValueError, match=re.escape(f"its {name} is {value!r}")):
+        runs.restored(new, asdict(new) | {name: value})
+    assert runs.restored(new, asdict(new)) == new
+
+
+@pytest.mark.parametrize("state", [{"step": 5}, {"step_in_epoch": 6}, {"epoch": 0}])
+def test_a_last_pt_whose_counters_disagree_is_one_line(run_folder, tmp_path, state):
+    """It is of the end of the first epoch, step 6 of 6."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(run_folder / "config.json", tmp_path / "run")
     last = load(run_folder / "last.pt")
-    if part == "optimizer":
-        last["optimizer"]["state"][3]["momentum_buffer"] = value
-    else:
-        last[part][entry] = value
-    torch.save(last, tmp_path / "run" / "last.pt")
-    with pytest.raises(UserError, match=f"does not fit .*{said}") as caught:
+    torch.save(last | {"state": last["state"] | state}, tmp_path / "run/last.pt")
+    with pytest.raises(UserError, match=r"does not fit .*step \d is not in State.* of 6 steps an epoch") as caught:
         resume(tmp_path / "run", "--epochs", "2")
     assert "\n" not in str(caught.value)
+
+
+def test_momentum_that_does_not_fit_the_net_is_refused():
+    net = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(net, recipe="2012", lr=0.01, momentum=0.9, weight_decay=0.0)
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    run = SimpleNamespace(optimizer=optimizer, state=State(step=1), schedule=Schedule(0.01, 5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    runs.take_momentum(run, saved)
+    for buffer in (None, torch.zeros(3), torch.zeros(2, 3).to_sparse(), torch.zeros(1).expand(2, 3)[:1]):
+        wrong = copy.deepcopy(saved)
+        wrong["state"][0]["momentum_buffer"] = buffer
+        with pytest.raises(ValueError, match="its momentum buffers do not fit the net"):
+            runs.take_momentum(run, wrong)
+    saved["param_groups"].pop()
+    with pytest.raises(ValueError, match="other groups of parameters"):
+        runs.take_momentum(run, saved)
 
 
 def test_settings_of_a_checkpoint_are_not_taken(run_folder, tmp_path):
@@ -207,7 +230,7 @@ def test_settings_of_a_checkpoint_are_not_taken(run_folder, tmp_path):
         shutil.copytree(run_folder, tmp_path / name)
         if name == "changed":
             torch.save(last, tmp_path / name / "last.pt")
-        resume(tmp_path / name, "--epochs", "2")
+        resume(tmp_path / name, "--epochs", "2", "--max-steps", "7")
     assert_same_state(tmp_path / "changed", tmp_path / "sound")
 
 
