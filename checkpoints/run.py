@@ -161,7 +161,8 @@ def is_of_an_epoch(entry: dict, steps_per_epoch: int) -> bool:
 def read_config(out: Path) -> dict:
     try:
         config = json.loads((out / "config.json").read_text())
-        dict(config["arguments"]), config["fingerprint"], config["kernels"]
+        if [type(config[name]) for name in ("arguments", "fingerprint", "kernels")] != [dict, str, str]:
+            raise TypeError
         changed = not fits_checksum(config)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None

@@ -117,6 +117,10 @@ def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_pat
         (tmp_path / "run/config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} cannot be right"):
             resume(tmp_path / "run")
+    for name, value in [("arguments", []), ("fingerprint", None), ("kernels", 5)]:
+        (tmp_path / "run/config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(UserError, match="config.json is missing or damaged"):
+            resume(tmp_path / "run")
 
 
 def test_resume_takes_more_epochs_and_refuses_other_changes(store, run_folder, tmp_path):
