@@ -119,7 +119,7 @@ def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_pat
             resume(tmp_path / "run")
     for name, value in [("arguments", []), ("fingerprint", None), ("kernels", 5)]:
         (tmp_path / "run/config.json").write_text(json.dumps(config | {name: value}))
-        with pytest.raises(UserError, match="config.json is missing or damaged"):
+        with pytest.raises(UserError, match=r"config.json is missing or damaged"):
             resume(tmp_path / "run")
 
 
