@@ -76,6 +76,18 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_one_line(run_folder, tmp_path, k
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("flag", [0x01, 0x20, 0x40], ids=["encrypted", "patched", "strongly encrypted"])
+def test_an_archive_of_a_kind_that_zipfile_does_not_read_is_damaged(tmp_path, flag):
+    """It raises RuntimeError and NotImplementedError for parts with these flags."""
+    torch.save({"a": torch.zeros(3)}, tmp_path / "x.pt")
+    checkpoints.check_archive(tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= flag  # of its first part, in the central directory
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"encrypted|patched|encryption"):
+        checkpoints.check_archive(tmp_path / "x.pt")
+
+
 def test_weights_that_are_not_finite_are_not_taken(run_folder, tmp_path):
     content = torch.load(run_folder / "best.pt", weights_only=True)
     content["model"]["fc8.bias"][1] = math.nan
