@@ -429,6 +429,26 @@ def test_environment_names_versions_and_hardware():
     assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", found["commit"])
 
 
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """New lines of results leave it as it is; any other change to a file that git knows is told."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    (tmp_path / "results").mkdir()
+    for name in ("code.py", "results/nets.jsonl"):
+        (tmp_path / name).write_text("one")
+    for words in ("init -q", "add .", "commit -q -m first"):
+        subprocess.run([*git, *words.split()], check=True)
+
+    def commit() -> str:
+        return runs.environment(torch.device("cpu"))["commit"]
+
+    assert re.fullmatch("[0-9a-f]{7,40}", commit())
+    (tmp_path / "results" / "nets.jsonl").write_text("two")
+    assert re.fullmatch("[0-9a-f]{7,40}", commit())
+    (tmp_path / "code.py").write_text("two")
+    assert commit().endswith("-dirty")
+
+
 def test_conv1_is_kept_at_the_start_and_after_each_epoch(store, tmp_path):
     """Also of a run that was stopped in mid-epoch and resumed, whatever became of the file; not of half an epoch."""
     run(store, tmp_path / "whole", "--epochs", "3")
