@@ -11,10 +11,12 @@ instead of 32 in local3 and a larger weight decay in fc10; 13pct-lrn and 11pct-n
 worth.
 
 Training is in four parts, 350, 150, 10 and 10 of 520 epochs: on four fifths of the 50,000 training pictures, the other
-10,000 being looked at after each epoch; on all; at a tenth and at a hundredth of the weights' learning rate. That is
-the 11pct file's own account, used for all four nets. Pictures come in an order that is the same in every epoch, as in
-cuda-convnet; which of them are held out, and the order, is drawn once, the same for all runs. A seed decides the
-weights at the start, the crops and the mirroring. The test pictures are read when a net is finished.
+10,000 being looked at now and then; on all; at a tenth and at a hundredth of the weights' learning rate. That is the
+11pct file's own account, used for all four nets. With fewer --epochs the first two parts are shortened alike; the other
+two keep the 10 epochs that the file names down to 130 epochs, and are a thirteenth each of fewer. Pictures come in an
+order that is the same in every epoch, as in cuda-convnet; which of them are held out, and the order, is drawn once, the
+same for all runs. A seed decides the weights at the start, the crops and the mirroring. The test pictures are read when
+a net is finished.
 
 A finished net is a line in --out and is not trained again; one that was stopped, in any way, goes on where its last
 epoch began and ends in the same weights. Nets stay in checkpoints/cifar2012/, and with another --out are tested, not
@@ -62,7 +64,9 @@ NETS = {
     "11pct": {"lrn": True, "filters": 64, "decay": 0.01},
 }
 PAPER = {"13pct": 13, "11pct": 11}  # percent test error
-PARTS = (350, 500, 510, 520)  # epochs of 520 after which each part of the training ends
+EPOCHS = 520
+FOUR_FIFTHS, LOWERED = 0.7, 10  # of the epochs at the whole rate, 350 of 500; epochs at each of the lower rates
+LOOK_AT_HELD_OUT = 10  # epochs from one look to the next
 PROTOCOLS = ("ten", "nine", "centre")
 KEY = ("net", "epochs", "precision", "seed")
 
@@ -72,10 +76,12 @@ KEY = ("net", "epochs", "precision", "seed")
 
 def plan_of(epochs: int) -> list[tuple[float, int]]:
     """Each epoch's learning rate of the weights, and how many of the five parts it sees. Each part of the training has
-    an epoch at least."""
-    ends = [min(round(epochs * end / PARTS[-1]), epochs - 3 + i) for i, end in enumerate(PARTS)]
-    whole_rate = [(RATE, 4 if epoch < ends[0] else 5) for epoch in range(ends[1])]
-    return whole_rate + [(RATE / 10, 5)] * (ends[2] - ends[1]) + [(RATE / 100, 5)] * (ends[3] - ends[2])
+    an epoch at least. epochs: 4 or more."""
+    lowered = max(1, min(LOWERED, epochs // 13))
+    at_whole_rate = epochs - 2 * lowered
+    on_four = min(round(FOUR_FIFTHS * at_whole_rate), at_whole_rate - 1)
+    return [*[(RATE, 4)] * on_four, *[(RATE, 5)] * (at_whole_rate - on_four),
+            *[(RATE / 10, 5)] * lowered, *[(RATE / 100, 5)] * lowered]
 
 
 @dataclass
@@ -93,7 +99,8 @@ class Net:
 
 def fit(run: Net, pictures: Pictures, epochs: int, watch: Watch) -> bool:
     """Train to the end; False where a signal stopped it, in which case last.pt has the last whole epoch."""
-    for lr, parts in plan_of(epochs)[run.epoch :]:
+    plan = plan_of(epochs)
+    for lr, parts in plan[run.epoch :]:
         lower_rate(run.optimizer, lr)
         entry = train_epoch(run.net, run.optimizer, pictures, parts, run.seed, run.epoch, watch, run.precision)
         if entry is None:
@@ -101,9 +108,10 @@ def fit(run: Net, pictures: Pictures, epochs: int, watch: Watch) -> bool:
             return False
         run.epoch += 1
         entry |= {"epoch": run.epoch, "lr": lr, "parts": parts}
-        if parts < 5:
+        held_out = ""
+        if parts < 5 and (run.epoch % LOOK_AT_HELD_OUT == 0 or plan[run.epoch][1] == 5):
             entry["val_top1_error"] = error(run.net, pictures.views("centre"), pictures.held_out())
-        held_out = f"  held-out error {entry['val_top1_error']:.2f}%" if parts < 5 else ""
+            held_out = f"  held-out error {entry['val_top1_error']:.2f}%"
         print(f"epoch {run.epoch:>3}/{epochs}  lr {lr:g}  train loss {entry['train_loss']:.4f} error "
               f"{entry['train_top1_error']:.2f}%{held_out}  {entry['images_per_second']:.0f} images/s", flush=True)
         append_line(run.folder / "log.jsonl", entry)
@@ -144,7 +152,7 @@ def main(argv=None) -> int:
         if status := make_net(args, pictures, cell):
             return status  # a signal stopped it; the next start goes on there
     print(table([e for e in read_log(args.out) if (e["epochs"], e["precision"]) == (args.epochs, args.precision)]))
-    print(f"\n{args.epochs} epochs (cuda-convnet: {PARTS[-1]}), {args.precision}")
+    print(f"\n{args.epochs} epochs (cuda-convnet: {EPOCHS}), {args.precision}")
     return 0
 
 
@@ -266,8 +274,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m studies.cifar2012", description="The paper's four-layer nets on CIFAR-10.")
     parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=tuple(NETS), metavar="NET",
                         help=f"one or more of {', '.join(NETS)} (default: all)")
-    parser.add_argument("--epochs", type=whole(4), default=PARTS[-1], metavar="N",
-                        help="of the four parts together, each shortened alike (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole(4), default=EPOCHS, metavar="N",
+                        help="of the four parts together (default: %(default)s)")
     parser.add_argument("--seeds", type=whole(1), default=1, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")

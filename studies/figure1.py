@@ -9,8 +9,10 @@ The paper does not say which four-layer net; this is studies.fourlayer's without
 kind", "learning rates for each network were chosen independently to make training as fast as possible"). Each
 activation gets six learning rates, a factor of two apart, and more where the fastest is at an end; the first seed tries
 all of them, the others take the fastest. A learning rate is given up after --epochs, or once another one has been
-faster. An epoch's training error is the mean over its batches and counts for its end; the moment at which it passes 25%
-is interpolated between epochs.
+faster. The training error is the mean over the batches of a fifth of an epoch, 10,000 pictures, as cuda-convnet kept
+and drew it, and counts for that fifth's middle; the moment at which it passes 25% is interpolated. Means over whole
+epochs, each counting for its end, are half an epoch late, which takes more off the ratio the sooner ReLU is there: the
+ratio by them is given beside. Training goes on until an epoch's mean is below 25%.
 
 A finished run is a line in --out and is not run again; one that was stopped, in any way, goes on where its last epoch
 began. Two processes, one for each activation, can share --out. The curves are drawn next to it, with .png.
@@ -37,6 +39,7 @@ LRS = (0.001, 0.002, 0.0005, 0.004, 0.00025, 0.008)  # the likeliest first: the 
 FACTOR = 2
 TARGET = 25.0  # percent training error
 GUESSING = 90.0  # percent error before the first epoch
+FIFTHS = 5  # errors of an epoch
 KEY = ("activation", "lr", "seed", "epochs", "precision")
 
 
@@ -103,30 +106,33 @@ def run(args, pictures: Pictures, act: str, lr: float, seed: int, watch: Watch) 
         before = [e["reached"] for e in lines(args, activation=act, seed=0) if e["reached"]] if seed == 0 else []
         found = errors_of(folder, pictures, cell, min([args.epochs, *before]), args.precision, watch)
         if found:
-            about = {"epochs": args.epochs, "precision": args.precision, "reached": crossing(found["errors"])}
+            about = {"epochs": args.epochs, "precision": args.precision, "reached": crossing(curve(found["errors"]))}
             append_line(args.out, cell | about | found | environment(pictures.train.device))
             (folder / "last.pt").unlink(missing_ok=True)
 
 
 def errors_of(folder: Path, pictures: Pictures, cell: dict, limit: float, precision: str, watch: Watch) -> dict | None:
-    """Training errors in percent of a net's epochs up to the target or `limit`, their seconds, and "diverged" where it
-    did; None where a signal came."""
+    """Training errors in percent of the fifths of a net's epochs up to the target or `limit`, their seconds, and
+    "diverged" where it did; None where a signal came."""
     net, optimizer = start(pictures, **cell)
     last = load(folder / "last.pt", net, optimizer, pictures)
     errors, seconds = last.get("errors", []), last.get("seconds", 0.0)
-    print(f"{cell['activation']}, learning rate {cell['lr']:g}, seed {cell['seed']}, from epoch {len(errors) + 1}",
+    epoch = len(errors) // FIFTHS
+    print(f"{cell['activation']}, learning rate {cell['lr']:g}, seed {cell['seed']}, from epoch {epoch + 1}",
           flush=True)
-    while len(errors) < limit and not (errors and errors[-1] < TARGET):
+    while epoch < limit and not (epoch and statistics.mean(errors[-FIFTHS:]) < TARGET):
         try:
-            found = train_epoch(net, optimizer, pictures, 5, cell["seed"], len(errors), watch, precision)
+            found = train_epoch(net, optimizer, pictures, FIFTHS, cell["seed"], epoch, watch, precision)
             if found is None:
                 return None
-            errors.append(found["train_top1_error"])
+            epoch += 1
+            errors += found["part_errors"]
             seconds += found["seconds"]
-            save(folder / "last.pt", net, optimizer, pictures, len(errors), errors=errors, seconds=seconds)
+            save(folder / "last.pt", net, optimizer, pictures, epoch, errors=errors, seconds=seconds)
         except Diverged as reason:
             return {"errors": errors, "seconds": seconds, "diverged": str(reason)}
-        print(f"epoch {len(errors):>2}: {errors[-1]:.2f}%  {found['images_per_second']:.0f} images/s", flush=True)
+        print(f"epoch {epoch:>2}: {found['train_top1_error']:.2f}%  {found['images_per_second']:.0f} images/s",
+              flush=True)
     return {"errors": errors, "seconds": seconds}
 
 
@@ -139,11 +145,22 @@ def start(pictures: Pictures, activation: str, lr: float, seed: int):
     return net, make_optimizer(net, decay=0.0, lr=lr)
 
 
-def crossing(errors: list[float]) -> float | None:
-    """The epoch, with a fraction, at which the error passes TARGET, or None. errors: of epochs 1, 2, ..."""
-    for epoch, (before, after) in enumerate(itertools.pairwise([GUESSING, *errors])):
+def curve(errors: list[float]) -> list[tuple[float, float]]:
+    """(epochs, error) of the fifths, each at its middle, after guessing at 0."""
+    return [(0.0, GUESSING), *(((i + 0.5) / FIFTHS, e) for i, e in enumerate(errors))]
+
+
+def by_epoch(errors: list[float]) -> list[tuple[float, float]]:
+    """(epochs, error) of whole epochs, each at its end, after guessing at 0."""
+    epochs = range(0, len(errors), FIFTHS)
+    return [(0.0, GUESSING), *((i / FIFTHS + 1, statistics.mean(errors[i : i + FIFTHS])) for i in epochs)]
+
+
+def crossing(points: list[tuple[float, float]]) -> float | None:
+    """The epoch, with a fraction, at which the error passes TARGET for the first time, or None."""
+    for (start, before), (end, after) in itertools.pairwise(points):
         if after < TARGET:
-            return epoch + (before - TARGET) / (before - after)
+            return start + (end - start) * (before - TARGET) / (before - after)
     return None
 
 
@@ -152,24 +169,28 @@ def crossing(errors: list[float]) -> float | None:
 
 def report(args) -> str:
     """Each activation's learning rates and epochs to the target by seed, and the ratio over seeds that have both."""
-    said, reached = [], {}
+    said, runs = [], {}
     for act in ACTIVATIONS:
         tried = sorted(lines(args, activation=act, seed=0), key=lambda e: e["lr"])
         rates = ", ".join(f"{e['lr']:g}: {outcome(e)}" for e in tried) or "not measured yet"
         said.append(f"{act}, epochs to {TARGET:g}% training error by learning rate, first seed: {rates}")
         best = fastest(args, act)
-        runs = sorted(lines(args, activation=act, lr=best), key=lambda e: e["seed"]) if best else []
-        if runs:
-            said.append(f"{act} at {best:g}, by seed: {', '.join(map(outcome, runs))}")
-        reached[act] = {e["seed"]: e["reached"] for e in runs if e["reached"]}
-    relu, tanh = (reached[act] for act in ACTIVATIONS)
-    ratios = [tanh[seed] / relu[seed] for seed in sorted(set(relu) & set(tanh))]
-    if not ratios:
-        return "\n".join([*said, "no ratio: it takes a seed with which both got there"])
-    width = f" ± {interval(ratios)[1]:.2f} (95% interval)" if len(ratios) > 2 else ""
-    said.append(f"ReLU is {statistics.mean(ratios):.2f}{width} times as fast over {len(ratios)} seeds with which both "
-                "got there (paper: six times)")
+        runs[act] = sorted(lines(args, activation=act, lr=best), key=lambda e: e["seed"]) if best else []
+        if runs[act]:
+            said.append(f"{act} at {best:g}, by seed: {', '.join(map(outcome, runs[act]))}")
+    for how, points in (("", curve), ("by whole epochs, each counting for its end: ", by_epoch)):
+        relu, tanh = ({e["seed"]: crossing(points(e["errors"])) for e in runs[act]} for act in ACTIVATIONS)
+        ratios = [tanh[seed] / relu[seed] for seed in sorted(set(relu) & set(tanh)) if tanh[seed] and relu[seed]]
+        said.append(how + ratio_said(ratios))
     return "\n".join(said)
+
+
+def ratio_said(ratios: list[float]) -> str:
+    if not ratios:
+        return "no ratio: it takes a seed with which both got there"
+    width = f" ± {interval(ratios)[1]:.2f} (95% interval)" if len(ratios) > 2 else ""
+    return (f"ReLU is {statistics.mean(ratios):.2f}{width} times as fast over {len(ratios)} seeds with which both got "
+            "there (paper: six times)")
 
 
 def outcome(entry: dict) -> str:
@@ -177,7 +198,7 @@ def outcome(entry: dict) -> str:
         return f"{entry['reached']:.2f}"
     if "diverged" in entry:
         return "diverged"
-    return f"not by {len(entry['errors'])}"
+    return f"not by {len(entry['errors']) // FIFTHS}"
 
 
 def draw(args, path: Path) -> None:
@@ -187,8 +208,8 @@ def draw(args, path: Path) -> None:
     for act, style in zip(ACTIVATIONS, ("-", "--"), strict=True):
         best = fastest(args, act)
         for i, e in enumerate(lines(args, activation=act, lr=best) if best else []):
-            curve = [GUESSING, *e["errors"]]
-            axes.plot(range(len(curve)), curve, style, color="black", lw=1.2, label=None if i else f"{act}, {best:g}")
+            label = None if i else f"{act}, {best:g}"
+            axes.plot(*zip(*curve(e["errors"]), strict=True), style, color="black", lw=1.2, label=label)
     axes.axhline(TARGET, color="0.5", ls=":", lw=1)
     axes.set(xlabel="epochs", ylabel="training error (%)", ylim=(0, 90), xlim=(0, None))
     axes.set_title("Four-layer net on CIFAR-10, each at its fastest learning rate", fontsize=10)
