@@ -53,6 +53,11 @@ def main(argv=None) -> int:
     device, out = pick_device(args.device), results_file(args.out)
     store = Store(args.data) if args.data else named_store(args.dataset)
     args.dataset = store.name
+    guessing = math.log(len(store.classes))
+    if args.stop_below >= LEFT * guessing:
+        raise UserError(f"--stop-below {args.stop_below:g}: the plateau counts as left below {LEFT * guessing:.3f}; "
+                        "runs that end above that could not be told from those that stay")
+    utils.no_tf32()
     loader, machine = Loader(store, "train", device), environment(device)
     run = settled(args, store, device, seed=0)
     about = {"dataset": args.dataset, "image_size": run.image_size, "precision": run.precision, "steps": args.steps,
@@ -227,7 +232,8 @@ def mean_loss(runs: list[dict], step: int) -> str:
 def draw(entries: list[dict], path: Path) -> None:
     """The loss over steps, a panel for each choice of pixels and dropout; and when the plateau is left, over how much
     of fc6's output at the start is due to the picture. A colour for each initialisation, a line or mark a run."""
-    figure = new_figure(14, 7)
+    figure, guessing = new_figure(14, 7), math.log(entries[0]["classes"])
+    figure.suptitle(f"{entries[0]['dataset']}, {entries[0]['image_size']} pixels", fontsize=11)
     panels = figure.subplot_mosaic("ABE;CDE", width_ratios=(1, 1, 1.3))
     names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / std",
              "paper": "the paper's dropout", "inverted": "inverted dropout"}
@@ -235,9 +241,9 @@ def draw(entries: list[dict], path: Path) -> None:
         axes = panels[letter]
         runs = [e for e in entries if (e["pixels"], e["dropout"]) == (pixels, dropout)]
         draw_losses(axes, runs)
-        axes.axhline(math.log(entries[0]["classes"]), color="0.4", ls=":", lw=1)
+        axes.axhline(guessing, color="0.4", ls=":", lw=1)
         axes.set_title(f"{names[pixels]}, {names[dropout]}", fontsize=10)
-        axes.set(ylim=(0, 4), xlim=(0, entries[0]["steps"]))
+        axes.set(ylim=(0, 1.75 * guessing), xlim=(0, entries[0]["steps"]))
         axes.set(xlabel="step", ylabel="training loss (dotted: guessing)")
     draw_signal(panels["E"], entries)
     for axes in panels.values():

@@ -44,6 +44,12 @@ def test_plateau_refuses_a_log_of_another_kind(store, tmp_path, monkeypatch):
         plateau.main(["--dataset", "sample", "--out", str(tmp_path / "x.jsonl")])
 
 
+def test_plateau_refuses_to_end_runs_before_they_can_have_left(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(plateau, "named_store", lambda name: store)
+    with pytest.raises(UserError, match=r"--stop-below 2: .* left below 1\.248; runs that end above"):
+        plateau.main(["--dataset", "sample", "--stop-below", "2", "--out", str(tmp_path / "x.jsonl")])
+
+
 def test_plateau_cells_are_what_they_say(store):
     """Dropout, initialisation, the biases' learning rate and decay of a cell end up in its net and its optimiser;
     pixel_std is the standard deviation of the pixels."""
