@@ -1,7 +1,9 @@
 """What the studies share: files of results, means with their spread, train.py's first batches, figures."""
 
+import fcntl
 import os
 import statistics
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,18 @@ def results_file(name: str) -> Path:
             if file.read(1) not in (b"", b"{"):
                 raise UserError(f"{path} holds no lines of results; name another --out")
     return path
+
+
+@contextmanager
+def alone(folder: Path):
+    """Wait for the other processes that are in here with the same folder, such as the one that packs its store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def spread(values: list[float]) -> str:

@@ -25,6 +25,7 @@ from data.loader import Loader
 from data.store import Store
 from kernels import accelerate
 from recipe import split_off_activations
+from studies.common import alone
 from studies.networks import SIDE, build
 from train import Watch, train_step, watch_activations
 from utils import Diverged, Progress, UserError, one_line, shown
@@ -169,9 +170,11 @@ def errors(run: Run, loader: Loader) -> tuple[float, float, float]:
 
 
 def small_store(name: str) -> Store:
-    """The store of a named set at 32 x 32, data/stores/NAME-32, packed first where there is none."""
+    """The store of a named set at 32 x 32, data/stores/NAME-32, packed first where there is none: by one process, while
+    others wait."""
     path, cores = pack.STORES / f"{name}-{SIDE}", len(os.sched_getaffinity(0))
-    store = Store(path) if path.exists() else pack.pack(sources.find(name), path, size=SIDE, workers=cores)
+    with alone(pack.STORES):
+        store = Store(path) if path.exists() else pack.pack(sources.find(name), path, size=SIDE, workers=cores)
     if store.size != SIDE:
         raise UserError(f"{shown(path)} has pictures of {store.size} pixels, not of {SIDE}; remove it")
     return store

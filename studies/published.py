@@ -7,19 +7,19 @@
 A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again on that
 kind of device and in that precision; one that was stopped goes on where it was. Several of these commands can run at
 once; a net is trained by one of them. The nets lie in checkpoints/published/. Rows whose pictures are not on disk, in
-data/downloads/, are left out. A row of the tables shows the nets of one kind of device and one precision: those of
-which there are the most. The choice of the epoch follows the validation pictures, and with all defaults the learning
-rate does, too; the test pictures are read when a net is finished, and not before.
+data/downloads/, are left out; Imagenette, Imagewoof and Tiny ImageNet have to lie there as train/CLASS/ and
+test/CLASS/, the latter being what their authors call val/. A row of the tables shows the nets of one kind of device and
+one precision: those of which there are the most; of several, those that were tested as one, too, or the earliest. The
+choice of the epoch follows the validation pictures, and with all defaults the learning rate does, too; the test
+pictures are read when a net is finished, and not before.
 """
 
-import fcntl
 import json
-import os
 import re
 import shutil
 import statistics
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ from data import pack
 from data.pack import named_store
 from data.store import Store
 from studies import half
-from studies.common import verdict
+from studies.common import alone, verdict
 from utils import Parser, UserError, pick_device, run_script, write_text
 
 ROOT = checkpoints.FOLDER.parent
@@ -66,6 +66,7 @@ def packed(name: str, source: str, *more: str) -> tuple[list[str], tuple[str, ..
     return ["--data", store], (source, *more, "--out", store)
 
 
+DEFAULTS = "5% of train/ for validation, otherwise all defaults"
 LARGE, PACK_LARGE = packed("cifar10-256", "cifar10", "--size", "256")
 IMAGENETTE, PACK_IMAGENETTE = packed("imagenette", str(DOWNLOADS / "imagenette"), "--val", "0.05")
 IMAGEWOOF, PACK_IMAGEWOOF = packed("imagewoof", str(DOWNLOADS / "imagewoof"), "--val", "0.05")
@@ -87,11 +88,11 @@ ROWS = {
     "eigenvalues": Row("these with colour noise by eigenvalues", [*CIFAR10, *THIRTY, "--colour", "paper"], 3),
     "fashion-mnist": Row("Fashion-MNIST, 64 px, 30 epochs, learning rate divided by 10 after 20 and 27",
                          ["--dataset", "fashion-mnist", *THIRTY], 5, together=True),
-    "imagenette": Row("Imagenette, 224 px, all defaults", IMAGENETTE, 3, PACK_IMAGENETTE),
-    "imagenette-two-columns": Row("Imagenette, 224 px, two columns", [*IMAGENETTE, "--columns", "2"], 1,
+    "imagenette": Row(f"Imagenette, 224 px, {DEFAULTS}", IMAGENETTE, 3, PACK_IMAGENETTE),
+    "imagenette-two-columns": Row("Imagenette, 224 px, the same with two columns", [*IMAGENETTE, "--columns", "2"], 1,
                                   PACK_IMAGENETTE),
-    "tiny-imagenet": Row("Tiny ImageNet, 64 px, all defaults", TINY, 3, PACK_TINY),
-    "imagewoof": Row("Imagewoof, 224 px, all defaults", IMAGEWOOF, 1, PACK_IMAGEWOOF),
+    "tiny-imagenet": Row(f"Tiny ImageNet, 64 px, {DEFAULTS}", TINY, 3, PACK_TINY),
+    "imagewoof": Row(f"Imagewoof, 224 px, {DEFAULTS}", IMAGEWOOF, 1, PACK_IMAGEWOOF),
     "cifar10-256": Row("CIFAR-10 enlarged to 256, crops of 224, 30 epochs", [*LARGE, *THIRTY], 1, PACK_LARGE),
 }
 CENTER, TEN_CROP = "center_error", "ten-crop_error"
@@ -172,8 +173,8 @@ def make_net(name: str, row: Row, seed: int, device: torch.device, precision: st
         if seed in finished(name)[machine]:
             return 0
         try:
-            with alone():
-                open_store(row)
+            with alone(checkpoints.FOLDER / "published"):  # the first one packs the store
+                store = open_store(row)
         except UserError as error:
             print(f"{name} is left out: {error}")
             return 0
@@ -185,7 +186,7 @@ def make_net(name: str, row: Row, seed: int, device: torch.device, precision: st
         LOGS.mkdir(parents=True, exist_ok=True)
         copy = LOGS / f"{place.name}.jsonl"
         write_text(copy, "".join(json.dumps(e) + "\n" for e in log))
-        entry = about(name, row, seed, out) | {"log": copy.name}
+        entry = about(name, row, seed, out) | {"pictures": store.counts, "log": copy.name}
         if diverged:
             append_line(RESULTS, entry | {"diverged": diverged})
             return 0
@@ -217,31 +218,26 @@ def about(name: str, row: Row, seed: int, out: Path) -> dict:
     """What a line says of how its net was made; the commit is that of the run's start."""
     config = read_config(out)
     made = {key: config[key] for key in ("commit", "device", "threads", "torch", "python", "processes")}
-    command = " ".join(["python train.py", *row.options, "--seed", str(seed)]).replace(f"{ROOT}/", "")
+    precision = config["arguments"]["precision"]
+    command = " ".join(["python train.py", *row.options, "--seed", str(seed), "--precision", precision])
     if row.half:  # no option of train.py's
-        command = f"python -m studies.published {name}"
-    return {"row": name, "seed": seed, "command": command, "precision": config["arguments"]["precision"], **made}
-
-
-@contextmanager
-def alone():
-    """Wait for the other processes: the first one packs the store."""
-    descriptor = os.open(checkpoints.FOLDER / "published", os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        command = f"python -m studies.published {name} --precision {precision}"
+    if row.pack:
+        command = f"{' '.join(['python -m data.pack', *row.pack])} && {command}"
+    return {"row": name, "seed": seed, "command": command.replace(f"{ROOT}/", ""), "precision": precision, **made}
 
 
 def open_store(row: Row) -> Store:
-    """The row's store, packed first where there is none."""
+    """The row's store, packed first where there is none. Raises UserError where its test pictures are missing."""
     where = row.options[1]
     if row.options[0] == "--dataset":
         return named_store(where)
     if not Path(where).exists():
         pack.main(list(row.pack))
-    return Store(where)
+    store = Store(where)
+    if not store.counts.get("test") or "test" in store.unlabelled:
+        raise UserError(f"{where} has no test pictures with labels; pack it again from train/CLASS/ and test/CLASS/")
+    return store
 
 
 def test_error(row: Row, runs: list[Path], device: torch.device, ten_crop: bool) -> float:
@@ -289,9 +285,17 @@ def sound(nets: dict[int, dict]) -> list[dict]:
 
 
 def best_covered(name: str) -> tuple[Machine | None, list[dict]]:
-    """The machine with the most sound nets of a row, the latest of several, and these nets."""
+    """The machine with the most sound nets of a row, and these nets; of several, one whose nets were tested as one,
+    too, or the first."""
     found = [(machine, sound(nets)) for machine, nets in finished(name).items()]
-    return max(reversed(found), key=lambda entry: len(entry[1]), default=(None, []))
+    return max(found, key=lambda entry: (len(entry[1]), together(name, entry[0]) is not None), default=(None, []))
+
+
+def diverged(name: str, machine: Machine | None) -> str:
+    """How many nets of a row diverged, for a cell; empty where none did."""
+    nets = finished(name)[machine]
+    count = len(nets) - len(sound(nets))
+    return f", {count} diverged" if count else ""
 
 
 def error_table() -> list[str]:
@@ -300,24 +304,24 @@ def error_table() -> list[str]:
     for name, row in ROWS.items():
         machine, nets = best_covered(name)
         if not nets:
-            lines.append(f"| {row.what} | not measured yet | | | | 0 of {row.seeds} | |")
+            lines.append(f"| {row.what} | not measured yet | | | | 0 of {row.seeds}{diverged(name, machine)} | |")
             continue
         one = together(name, machine)
         lines.append(
             f"| {row.what} | {spread_of(nets, CENTER)} | {spread_of(nets, TEN_CROP)} | "
             f"{'' if one is None else f'{one:.2f}'} | {spread_of(nets, 'train_top1_error')} | "
-            f"{len(nets)} of {row.seeds} | {machine.device}, {machine.precision} |"
+            f"{len(nets)} of {row.seeds}{diverged(name, machine)} | {machine.device}, {machine.precision} |"
         )
-    diverged = [f"{name} with seed {seed} on {machine.device}" for name in ROWS
-                for machine, nets in finished(name).items() for seed, e in nets.items() if "diverged" in e]
-    return [*lines, *(["", f"diverged: {', '.join(diverged)}"] if diverged else [])]
+    gone = [f"{name} with seed {seed} on {machine.device}" for name in ROWS
+            for machine, nets in finished(name).items() for seed, e in nets.items() if "diverged" in e]
+    return [*lines, *(["", f"diverged: {', '.join(gone)}"] if gone else [])]
 
 
 def idea_table() -> list[str]:
     lines = ["| idea | paper, on ImageNet | without | with | points off, by seed | in all | made on |",
              "|---|---|---|---|---|---|---|"]
     for name, idea in IDEAS.items():
-        paired = [(machine, pairs_on(machine, idea)) for machine in reversed(finished(idea.before))]
+        paired = [(machine, pairs_on(machine, idea)) for machine in finished(idea.before)]
         machine, pairs = max(paired, key=lambda entry: len(entry[1]), default=(None, []))
         if not pairs:
             lines.append(f"| {name} | {idea.paper} | not measured yet | | | | |")
@@ -325,6 +329,7 @@ def idea_table() -> list[str]:
         gains = [without - with_it for without, with_it in pairs]
         means = " | ".join(mean_and_spread(errors) for errors in zip(*pairs, strict=True))
         by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
+        by_seed += "".join(diverged(row, machine) for row in dict.fromkeys((idea.before, idea.after)))
         lines.append(f"| {name} | {idea.paper} | {means} | {by_seed} | {verdict(gains)} | "
                      f"{machine.device}, {machine.precision} |")
     return lines

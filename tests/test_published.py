@@ -9,6 +9,7 @@ import checkpoints
 import test
 import train
 from checkpoints.run import locked, read_log
+from data import pack
 from data.store import Store
 from studies import half, published
 from utils import Diverged, UserError
@@ -59,6 +60,8 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
             found = test.errors([best], Store(store.path), ten_crop=protocol == "ten-crop")
             assert e[f"{protocol}_error"] == found["top1_error"]
         assert e["command"].startswith("python train.py --data ")
+        assert e["command"].endswith(f" --seed {e['seed']} --precision fp32")
+        assert e["pictures"] == {"train": 96, "val": 21, "test": 30}
         assert (e["precision"], e["epochs"]) == ("fp32", 2)
         log = read_log(published.LOGS / e["log"])
         assert e["val_top1_error"] == min(line["val_top1_error"] for line in log)
@@ -88,6 +91,15 @@ def test_a_row_without_pictures_is_left_out(small, monkeypatch, capsys):
     assert not published.finished("base")
 
 
+def test_a_store_without_test_pictures_is_left_out_before_the_training(small, tree, monkeypatch, capsys):
+    """A tree with train/ and val/ alone, as Imagenette's archive has it, packed by hand."""
+    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trains"))
+    pack.main([str(tree), "--out", str(small / "store")])
+    monkeypatch.setitem(published.ROWS, "base", published.Row("none", ["--data", str(small / "store")], 1))
+    assert published.main(["base", *CPU]) == 0
+    assert "store has no test pictures with labels; pack it again from train/CLASS/" in capsys.readouterr().out
+
+
 def test_tables_say_what_is_not_there(small, monkeypatch, capsys):
     monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trains"))
     assert published.main(["--tables"]) == 0
@@ -110,6 +122,7 @@ def test_a_net_that_diverged_is_a_line_too(small, monkeypatch, capsys):
     assert [e["diverged"][:8] for e in read_log(published.RESULTS)] == ["the loss"] * 2  # and none of both together
     assert f"diverged: base with seed 0 on {HERE.device}, base with seed 1 on {HERE.device}" in capsys.readouterr().out
     assert len(list(published.LOGS.iterdir())) == 2
+    assert published.error_table()[2] == "| small | not measured yet | | | | 0 of 2, 2 diverged | |"
 
 
 def test_what_a_kill_leaves_does_not_stand_in_the_way(small):
@@ -142,7 +155,7 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
     assert published.main(["base", *CPU]) == 143
     assert published.main(["base", *CPU]) == 0
     (line,) = read_log(published.RESULTS)
-    assert line["command"] == "python -m studies.published base"
+    assert line["command"] == "python -m studies.published base --precision fp32"
     run = published.folder("base", 0, HERE) / "run"
     assert run.joinpath("best.pt").exists()
     for crops in (False, True):
@@ -153,7 +166,8 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
 
 
 def test_tables_show_one_machine_and_precision(small, monkeypatch):
-    """Each row's machine with the most nets, the later of two with as many; pairs are made on one machine."""
+    """Each row's machine with the most nets, of two with as many the one whose nets were tested as one, or the
+    first; pairs are made on one machine."""
 
     def lines(*made):
         return [
@@ -173,8 +187,11 @@ def test_tables_show_one_machine_and_precision(small, monkeypatch):
     ]
     assert published.error_table()[-2:] == [
         "| small | 10.50 ± 0.71 | 9.50 ± 0.71 | 8.00 | 1.00 ± 0.00 | 2 of 2 | here, bf16 |",
-        "| the same without LRN | 19.00 | 18.00 |  | 1.00 | 1 of 2 | here, fp32 |",
+        "| the same without LRN | 12.00 | 11.00 |  | 1.00 | 1 of 2 | here, bf16 |",
     ]
+    found += lines(("base", 0, 10.0, "fp32"), ("base", 1, 10.0, "fp32"))
+    found[:] = [e for e in found if "together" not in e or e["precision"] == "fp32"]
+    assert published.error_table()[-2].startswith("| small | 10.00 ± 0.00 | 9.00 ± 0.00 | 8.00 |")
 
 
 def test_another_precision_is_another_net(small, monkeypatch):
