@@ -15,7 +15,8 @@ from data.pictures import printable
 from train import training_inputs
 from utils import UserError
 
-T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided, by n
+# Student's t, two-sided, by n.
+T95 = {3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706, 7: 2.4469, 8: 2.3646, 9: 2.3060, 10: 2.2622, 11: 2.2281}
 LEGEND = 20  # lines or classes that a legend tells apart; more are told apart by a scale of colours
 
 
@@ -55,7 +56,7 @@ def spread(values: list[float]) -> str:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """The mean and half the width of its 95% interval (Student's t), of three values or more."""
-    half = T95.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+    half = T95[min(len(values), 11)] * statistics.stdev(values) / len(values) ** 0.5
     return statistics.mean(values), half
 
 
