@@ -13,6 +13,7 @@ from PIL import Image
 
 import checkpoints
 from checkpoints.run import locked, read_log
+from model import LocalResponseNorm
 from studies import cifar2012, figure1, fourlayer
 from studies.fourlayer import Pictures, build, lower_rate, make_optimizer
 from utils import Diverged, UserError
@@ -411,7 +412,8 @@ def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study
         assert status == 130
     others = read_log(study / "y.jsonl")
     assert [e["errors"] for e in others] == [e["errors"] for e in lines]
-    _, optimizer, pictures = calls[0][:3]
+    net, optimizer, pictures = calls[0][:3]
+    assert not any(isinstance(layer, LocalResponseNorm) for layer in net)
     assert not any(group["weight_decay"] for group in optimizer.param_groups)
     assert pictures.side == 32
     assert not list((study / "figure1").rglob("last.pt"))

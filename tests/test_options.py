@@ -113,6 +113,9 @@ def test_the_defaults_are_the_papers():
     args = options.make_parser().parse_args([])
     assert (args.momentum, args.weight_decay, args.lrn_k) == (0.9, 0.0005, 2.0)
     assert options.DEFAULTS == {"batch_size": 128, "epochs": 90, "patience": 5, "lr": 0.01}
+    assert options.SAMPLE_DEFAULTS == {"batch_size": 32, "epochs": 12, "patience": 2}
+    assert options.INIT_DEFAULTS == {"epochs": 30, "lr": 0.001}
+    assert (options.FEW, options.FEW_BATCH) == (2560, 32)
     assert (args.columns, args.order, args.activation, args.recipe, args.crop_runs) == (1, "paper", "relu", "2012", 1)
     assert (args.mean, args.colour, args.lrn_alpha) == ("image", "2012", "2012")
     assert all((args.lrn, args.overlapping_pool, args.dropout, args.mirror))

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_source
+from helpers import load
 from PIL import Image
 
 import checkpoints
 import test
 from data import pack, sources
+from model import AlexNet
 from utils import UserError
 
 
@@ -101,6 +103,16 @@ def test_single_pictures(run_folder, store, tmp_path, capsys):
     for name in ("c.png", "missing.png", "float.tif"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             test.main([str(run_folder / "best.pt"), "--images", str(tmp_path / name)])
+
+
+def test_the_five_likeliest_of_seven_classes(run_folder, tmp_path, capsys):
+    net = AlexNet(7, image_size=64)
+    seven = load(run_folder / "best.pt") | {"model": net.state_dict(), "config": net.config, "classes": list("abcdefg")}
+    torch.save(seven, tmp_path / "seven.pt")
+    Image.effect_noise((120, 90), 60).convert("RGB").save(tmp_path / "a.png")
+    capsys.readouterr()
+    test.main([str(tmp_path / "seven.pt"), "--images", str(tmp_path / "a.png")])
+    assert capsys.readouterr().out.count("%") == 5
 
 
 def test_folders_of_pictures_are_named_in_batches(run_folder, tmp_path, capsys):
