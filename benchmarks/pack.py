@@ -3,15 +3,16 @@
     python -m benchmarks.pack [--pictures FOLDER] [--count 1000] [--quality 88] [--repeats 5] [--json]
 
 Pictures are 500 x 375 JPEG files with the spectrum of photographs (1/f), about as large as those of ILSVRC-2012 at the
-default quality; --pictures takes your own. Everything is a rate per second of one core's time, user and system, of all
-processes together: `data.pack` includes its writer, its checksums and its verification. "decode", "+ resize" and
-"+ encode" are the parts alone, on bytes in memory: the limit for any packer with this decoder.
+default quality; --pictures takes your own JPEG files. Everything is a rate per second of one core's time, user and
+system, of all processes together: `data.pack` includes its writer, its checksums and its verification. "decode", "+
+resize" and "+ encode" are the parts alone, on bytes in memory: the limit for any packer with this decoder.
 """
 
 import json
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 
 import utils
-from checkpoints.run import environment
+from benchmarks.timing import machine
 from data import encode, pack, trees
 from data.pictures import square
 from utils import Parser, UserError, run_script, whole
@@ -38,15 +39,15 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)  # a second thread would wait, and its waiting would count
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        members = trees.pictures_below(args.pictures)[: args.count] if args.pictures else []
-        if args.pictures and not members:
-            raise UserError(f"--pictures {args.pictures} holds no pictures")
         root = Path(args.pictures) if args.pictures else place
-        members = members or [photograph(place, number, args.quality) for number in range(args.count)]
+        if args.pictures:
+            members = jpegs_below(args.pictures)[: args.count]
+        else:
+            members = [photograph(place, number, args.quality) for number in range(args.count)]
         files = [root / member for member in members]
         result = {
             "pictures": len(files), "kilobytes": sum(f.stat().st_size for f in files) / len(files) / 1000,
-            **environment(utils.pick_device("cpu")),
+            **machine(utils.pick_device("cpu")),
         }
         result["rates"] = rates(contenders(root, members), place / "out", args.repeats, len(files))
     torch.set_num_threads(threads)
@@ -59,6 +60,20 @@ def photograph(folder: Path, number: int, quality: int) -> str:
     name = f"{number:05d}.JPEG"
     Image.fromarray(like_a_photograph(number, 375, 500)).save(folder / name, quality=quality)
     return name
+
+
+def jpegs_below(folder: str) -> list[str]:
+    """The JPEG files of a folder, at any depth, by content. Raises UserError where there are none."""
+    with redirect_stdout(sys.stderr):  # what it says of other files
+        names = trees.pictures_below(folder)
+    found = []
+    for name in names:
+        with open(Path(folder) / name, "rb") as file:
+            if file.read(2) == b"\xff\xd8":
+                found.append(name)
+    if not found:
+        raise UserError(f"--pictures {folder} holds no JPEG files")
+    return found
 
 
 def like_a_photograph(number: int, height: int, width: int) -> np.ndarray:
@@ -166,7 +181,8 @@ def core_seconds() -> float:
 
 def report(result: dict) -> str:
     lines = [f"{result['pictures']} pictures of {result['kilobytes']:.0f} KB, {result['device']}, "
-             f"torch {result['torch']}; pictures per second of core time, {time.strftime('%Y-%m-%d')}"]
+             f"torch {result['torch']}, load {result['load']:.2f} at the start; pictures per second of core time, "
+             f"{time.strftime('%Y-%m-%d')}"]
     slow = result["rates"][PIL_LOOP]["median"]
     for name, entry in result["rates"].items():
         low, high = entry["quartiles"]

@@ -253,5 +253,13 @@ def test_packing(capsys, tmp_path):
     }
     assert all(entry["median"] > 0 for entry in result["rates"].values())
     pack.photograph(tmp_path, 3, 50)
-    pack.main(["--pictures", str(tmp_path), "--repeats", "2"])
-    assert "1 pictures of" in capsys.readouterr().out
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "notes.md").touch()
+    pack.main(["--pictures", str(tmp_path), "--repeats", "2", "--json"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["pictures"] == 1
+    assert "1 files are not named like pictures" in printed.err
+    assert "1 pictures of" in pack.report(json.loads(printed.out))
+    (tmp_path / "00003.JPEG").unlink()
+    with pytest.raises(UserError, match="holds no JPEG files"):
+        pack.main(["--pictures", str(tmp_path)])
