@@ -62,7 +62,7 @@ class AlexNet(nn.Module):
     lrn_k: 2 (paper); Caffe's default is 1.
     lrn_across: with two columns, let LRN's window cross from one into the other, as Caffe's does.
 
-    Raises ValueError where an option is not one of these.
+    Raises ValueError where a number or a word is not one of these; flags are not checked.
     """
 
     def __init__(
@@ -147,7 +147,8 @@ class AlexNet(nn.Module):
             nn.init.constant_(layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0)
 
     def features(self, images: Tensor) -> Tensor:
-        """fc7's outputs after activation and dropout (in eval mode: times 0.5), (N, 4096), for images as in forward."""
+        """fc7's outputs after activation and dropout (in eval mode times 1 - dropout), (N, 4096), for images as in
+        forward."""
         size = self.config["image_size"]
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size) or not images.is_floating_point():
             got = f"{tuple(images.shape)} {images.dtype}"

@@ -164,8 +164,9 @@ def make_parser() -> Parser:
 def _add_data(group) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
-    which.add_argument("--data", metavar="STORE", help="a store made by python -m data.pack, or a folder of pictures, "
-                       "FOLDER/CLASS/... or FOLDER/train/CLASS/..., which is packed first")
+    which.add_argument("--data", metavar="STORE",
+                       help="a store made by python -m data.pack, or what that packs, which is then done first: a "
+                       "folder of pictures, FOLDER/CLASS/... or FOLDER/train/CLASS/..., an .h5 file")
     group.add_argument("--val", type=number(0, 1), metavar="FRACTION",
                        help=f"of the training pictures of a FOLDER without val/, to validate with (default: {VAL})")
     group.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
@@ -183,8 +184,8 @@ def _add_data(group) -> None:
     group.add_argument("--balance", action="store_true",
                        help="show each class equally often; an epoch has as many pictures as before")
     group.add_argument("--workers", type=whole(0), metavar="N",
-                       help="processes that read what does not fit on the device (default: one a core for a GPU; none "
-                       "on a CPU, where they would take the cores from the net)")
+                       help="how many read a split of more than 1 GB, for all processes of the training together "
+                       "(default: one a core for a GPU; none on a CPU, where they would take the cores from the net)")
 
 
 def _add_net(group) -> None:
@@ -216,7 +217,8 @@ def _add_training(group) -> None:
                        "classes are others")
     group.add_argument("--freeze", choices=tuple(LAYERS)[:-1], metavar="LAYER",
                        help=f"this layer and all before it keep the weights of --init: {', '.join(tuple(LAYERS)[:-1])}")
-    group.add_argument("--epochs", type=whole(1), metavar="N", help="at most (default: 90; sample: 12; --init: 30)")
+    group.add_argument("--epochs", type=whole(1), metavar="N",
+                       help="at most (default: 90; --init: 30; sample: 12 in any case)")
     group.add_argument("--batch-size", type=whole(1), metavar="N",
                        help=f"of all processes (default: 128; 32 for the sample and fewer than {FEW:,} pictures)")
     group.add_argument("--lr", type=number(0), metavar="RATE",
@@ -237,11 +239,12 @@ def _add_training(group) -> None:
 def _add_machine(group) -> None:
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 is without TF32, and weights are fp32 "
-                       "always")
+                       help="auto: bf16 autocast on a GPU that has bf16, fp32 elsewhere; fp32 is without TF32, and "
+                       "weights are fp32 always")
     group.add_argument("--kernels", choices=("auto", "on", "off"), default="auto",
                        help="the fast parts of kernels.py; auto: those that agree with model.py on this machine; on: "
-                       "stop where LRN or the dense layers have none; off: model.py alone (default: %(default)s)")
+                       "stop where LRN, or on a CPU the dense layers, have none; off: model.py alone "
+                       "(default: %(default)s)")
     group.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     group.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
     group.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")

@@ -5,7 +5,7 @@
     python test.py A.pt B.pt C.pt --ten-crop          an ensemble: softmax outputs averaged
     python test.py CHECKPOINT --images cat.jpg        the five likeliest classes of pictures, or of a folder of them
 
-README.md says what you should see; --help lists the options.
+--help lists the options.
 """
 
 import contextlib

@@ -183,7 +183,8 @@ def to_safetensors(checkpoint: dict, path) -> tuple[bytes, str]:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m checkpoints.export", description="Write a trained net for other programs.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of train.py or checkpoints.convert")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="a checkpoint of train.py or checkpoints.convert, or a .safetensors of this script")
     parser.add_argument("out", metavar="OUT", help="OUT.onnx or OUT.safetensors")
     return parser
 

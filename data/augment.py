@@ -1,7 +1,7 @@
 """From stored pictures to the net's input: the choice of crops and mirrors; mean and colour noise, on the device.
 
-What happens to sample i in epoch e stands in tables made from (seed, e) alone, so it does not depend on the number
-of workers or processes, nor on where a run was stopped and resumed.
+What happens to sample i in epoch e stands in tables made from (seed, e) and the run's options, so it does not depend on
+the number of workers or processes, nor on where a run was stopped and resumed.
 """
 
 from dataclasses import dataclass

@@ -6,10 +6,10 @@
     python -m studies.plateau --data data/stores/imagenette --steps 100 --seeds 1
 
 A loss of ln(classes), 2.303 for ten classes, means that nothing has been learnt. A cell is one value of each of the
-five choices; the first value of each is train.py's. Each finished run is a line in --out, and runs that stand there
-are not run again, so the study can be stopped at any time (another --out starts over). A table of the file's runs
-on this data set and of this length is printed last, and their curves are drawn in the same folder, under the file's
-name with .png.
+five choices; the first value of each is train.py's. Each finished run is a line in --out, and runs that stand there are
+not run again, so the study can be stopped at any time (another --out starts over). A table of the file's runs on this
+data set, of this size, precision, length and --stop-below is printed last, and their curves are drawn in the same
+folder, under the file's name with .png.
 """
 
 import itertools

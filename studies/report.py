@@ -6,7 +6,7 @@
 
 RUN is a run's folder, of a run that is still going on, too: its best.pt is looked at. The page is one file with the
 pictures inside; it needs no network. Test pictures are those of test.py, at most 10,000 of them; neighbours and patches
-are sought among at most 10,000 training pictures; both are drawn by --seed, and the page says so. What a run can't fill
+are sought among at most 10,000 training pictures; where there are more, --seed draws them. What a run can't fill
 is left out, and the page says why: of a run of studies.frelu there are its settings and its curves.
 """
 

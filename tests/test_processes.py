@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_same_state, command, environment, numbers, resume, run
+from helpers import ROOT, assert_same_state, command, environment, load, numbers, resume, run
 from test_train import BF16
 
 import processes
@@ -152,6 +152,21 @@ def test_two_machines_give_the_weights_of_two_processes_on_one(store, two_proces
     assert "2 processes" in first
     assert ", from step " in said[0][0]
     assert_same_state(tmp_path / "run", two_processes)
+
+
+def test_a_preempted_torchrun_hands_sigusr1_on(store, tmp_path):
+    """Named for it as checkpoints/README.md says: both processes stop in good order, and the run can go on."""
+    arguments = [*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    arguments += command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "50")[1:]
+    started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env=environment())
+    read_until(started, "epoch  1")
+    started.send_signal(signal.SIGUSR1)
+    out, _ = started.communicate(timeout=120)
+    assert started.returncode == 1  # torchrun's own
+    stopped = load(tmp_path / "run" / "last.pt")["step"]
+    assert stopped > 6
+    assert f"stopped at step {stopped}; " in out
 
 
 def test_a_run_goes_on_in_another_number_of_processes(store, two_processes, tmp_path):
