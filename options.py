@@ -165,8 +165,8 @@ def _add_data(group) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--dataset", choices=sources.NAMED, help="a named set, packed first where it has no store")
     which.add_argument("--data", metavar="STORE",
-                       help="a store made by python -m data.pack, or what that packs, which is then done first: a "
-                       "folder of pictures, FOLDER/CLASS/... or FOLDER/train/CLASS/..., an .h5 file")
+                       help="a store, or something else that data.pack takes, which is packed first: a folder of "
+                       "pictures, FOLDER/CLASS/... or FOLDER/train/CLASS/..., an .h5 file")
     group.add_argument("--val", type=number(0, 1), metavar="FRACTION",
                        help=f"of the training pictures of a FOLDER without val/, to validate with (default: {VAL})")
     group.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
@@ -218,7 +218,7 @@ def _add_training(group) -> None:
     group.add_argument("--freeze", choices=tuple(LAYERS)[:-1], metavar="LAYER",
                        help=f"this layer and all before it keep the weights of --init: {', '.join(tuple(LAYERS)[:-1])}")
     group.add_argument("--epochs", type=whole(1), metavar="N",
-                       help="at most (default: 90; --init: 30; sample: 12 in any case)")
+                       help="at most (default: 90; with --init 30; sample 12, with --init too)")
     group.add_argument("--batch-size", type=whole(1), metavar="N",
                        help=f"of all processes (default: 128; 32 for the sample and fewer than {FEW:,} pictures)")
     group.add_argument("--lr", type=number(0), metavar="RATE",

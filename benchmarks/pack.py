@@ -35,19 +35,20 @@ PIL_LOOP = "plain PIL loop"
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
+    found = machine(utils.pick_device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread would wait, and its waiting would count
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         root = Path(args.pictures) if args.pictures else place
         if args.pictures:
-            members = jpegs_below(args.pictures)[: args.count]
+            members = jpegs_below(args.pictures, args.count)
         else:
             members = [photograph(place, number, args.quality) for number in range(args.count)]
         files = [root / member for member in members]
         result = {
             "pictures": len(files), "kilobytes": sum(f.stat().st_size for f in files) / len(files) / 1000,
-            **machine(utils.pick_device("cpu")),
+            **found,
         }
         result["rates"] = rates(contenders(root, members), place / "out", args.repeats, len(files))
     torch.set_num_threads(threads)
@@ -62,8 +63,8 @@ def photograph(folder: Path, number: int, quality: int) -> str:
     return name
 
 
-def jpegs_below(folder: str) -> list[str]:
-    """The JPEG files of a folder, at any depth, by content. Raises UserError where there are none."""
+def jpegs_below(folder: str, count: int) -> list[str]:
+    """The first JPEG files of a folder, at any depth, by content. Raises UserError where there are none."""
     with redirect_stdout(sys.stderr):  # what it says of other files
         names = trees.pictures_below(folder)
     found = []
@@ -71,6 +72,8 @@ def jpegs_below(folder: str) -> list[str]:
         with open(Path(folder) / name, "rb") as file:
             if file.read(2) == b"\xff\xd8":
                 found.append(name)
+        if len(found) == count:
+            break
     if not found:
         raise UserError(f"--pictures {folder} holds no JPEG files")
     return found

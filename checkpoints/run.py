@@ -188,12 +188,11 @@ def environment(device: torch.device) -> dict:
     """Versions, hardware and commit, to keep with a result."""
     git, said = ["git", "-C", str(ROOT)], {"capture_output": True, "text": True, "timeout": 10}
     # Lines of finished trainings, in results/, change no code.
-    changed = [*git, "diff", "--quiet", "HEAD", "--", ":(top,exclude)results"]
+    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)results"]
     commit, name = "", platform.processor() or platform.machine()
     with suppress(OSError, subprocess.TimeoutExpired):
-        commit = subprocess.run([*git, "describe", "--always", "--exclude=*"], **said).stdout.strip()
-        if commit and subprocess.run(changed, **said).returncode:
-            commit += "-dirty"
+        head = subprocess.run([*git, "describe", "--always", "--exclude=*"], **said).stdout.strip()
+        commit = head + ("-dirty" if head and subprocess.run(changed, **said).returncode else "")
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)

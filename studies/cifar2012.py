@@ -11,12 +11,12 @@ instead of 32 in local3 and a larger weight decay in fc10; 13pct-lrn and 11pct-n
 worth.
 
 Training is in four parts, 350, 150, 10 and 10 of 520 epochs: on four fifths of the 50,000 training pictures, the other
-10,000 being looked at now and then; on all; at a tenth and at a hundredth of the weights' learning rate. That is the
-11pct file's own account, used for all four nets. With fewer --epochs the first two parts are shortened alike; the other
-two keep the 10 epochs that the file names down to 130 epochs, and are a thirteenth each of fewer. Pictures come in an
-order that is the same in every epoch, as in cuda-convnet; which of them are held out, and the order, is drawn once, the
-same for all runs. A seed decides the weights at the start, the crops and the mirroring. The test pictures are read when
-a net is finished.
+10,000 being looked at every ten epochs; on all; at a tenth and at a hundredth of the weights' learning rate. That is
+the 11pct file's own account, used for all four nets. With fewer --epochs the first two parts are shortened alike; the
+other two keep the 10 epochs that the file names down to 130 epochs, and are a thirteenth each of fewer. Pictures come
+in an order that is the same in every epoch, as in cuda-convnet; which of them are held out, and the order, is drawn
+once, the same for all runs. A seed decides the weights at the start, the crops and the mirroring. The test pictures are
+read when a net is finished.
 
 A finished net is a line in --out and is not trained again; one that was stopped, in any way, goes on where its last
 epoch began and ends in the same weights. Nets stay in checkpoints/cifar2012/, and with another --out are tested, not
@@ -65,7 +65,8 @@ NETS = {
 }
 PAPER = {"13pct": 13, "11pct": 11}  # percent test error
 EPOCHS = 520
-FOUR_FIFTHS, LOWERED = 0.7, 10  # of the epochs at the whole rate, 350 of 500; epochs at each of the lower rates
+ON_FOUR_FIFTHS = 0.7  # of the epochs at the first learning rate, 350 of 500
+LOWERED = 10  # epochs at each of the lower ones
 LOOK_AT_HELD_OUT = 10  # epochs from one look to the next
 PROTOCOLS = ("ten", "nine", "centre")
 KEY = ("net", "epochs", "precision", "seed")
@@ -78,9 +79,9 @@ def plan_of(epochs: int) -> list[tuple[float, int]]:
     """Each epoch's learning rate of the weights, and how many of the five parts it sees. Each part of the training has
     an epoch at least. epochs: 4 or more."""
     lowered = max(1, min(LOWERED, epochs // 13))
-    at_whole_rate = epochs - 2 * lowered
-    on_four = min(round(FOUR_FIFTHS * at_whole_rate), at_whole_rate - 1)
-    return [*[(RATE, 4)] * on_four, *[(RATE, 5)] * (at_whole_rate - on_four),
+    first = epochs - 2 * lowered
+    on_four = min(round(ON_FOUR_FIFTHS * first), first - 1)
+    return [*[(RATE, 4)] * on_four, *[(RATE, 5)] * (first - on_four),
             *[(RATE / 10, 5)] * lowered, *[(RATE / 100, 5)] * lowered]
 
 

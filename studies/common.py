@@ -38,7 +38,7 @@ def results_file(name: str) -> Path:
 
 @contextmanager
 def alone(folder: Path):
-    """Wait for the other processes that are in here with the same folder, such as the one that packs its store."""
+    """Hold a folder; wait while another process holds it, for instance one that packs a store there."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -4,15 +4,15 @@ and with tanh? The paper: ReLU is six times as fast.
     python -m studies.figure1
     python -m studies.figure1 --activations relu --seeds 1 --epochs 20
 
-The paper does not say which four-layer net; this is studies.fourlayer's without normalisation, its 13% net, on whole
-32 x 32 pictures: no crops, no mirroring, no weight decay, one learning rate throughout ("no regularization of any
-kind", "learning rates for each network were chosen independently to make training as fast as possible"). Each
-activation gets six learning rates, a factor of two apart, and more where the fastest is at an end; the first seed tries
-all of them, the others take the fastest. A learning rate is given up after --epochs, or once another one has been
-faster. The training error is the mean over the batches of a fifth of an epoch, 10,000 pictures, as cuda-convnet kept
-and drew it, and counts for that fifth's middle; the moment at which it passes 25% is interpolated. Means over whole
-epochs, each counting for its end, are half an epoch late, which takes more off the ratio the sooner ReLU is there: the
-ratio by them is given beside. Training goes on until an epoch's mean is below 25%.
+The paper does not say which four-layer net; this is studies.fourlayer's without normalisation, its 13% net, on whole 32
+x 32 pictures: no crops, no mirroring, no weight decay, one learning rate throughout ("no regularization of any kind",
+"learning rates for each network were chosen independently to make training as fast as possible"). Each activation gets
+six learning rates, a factor of two apart, and more where the fastest is at an end; the first seed tries all of them,
+the others take the fastest. A learning rate is given up after --epochs, or once another one has been faster. The
+training error is the mean over the batches of a fifth of an epoch, 10,000 pictures, as cuda-convnet kept and drew it,
+and counts for that fifth's middle; the moment at which it passes 25% for the first time is interpolated. Means over
+whole epochs, each counting for its end, are half an epoch late, which takes more off the ratio the sooner ReLU is
+there; the ratio by them is printed as well. So a run that has passed 25% goes on until an epoch's mean has, too.
 
 A finished run is a line in --out and is not run again; one that was stopped, in any way, goes on where its last epoch
 began. Two processes, one for each activation, can share --out. The curves are drawn next to it, with .png.
@@ -32,21 +32,21 @@ from studies.common import interval, new_figure, results_file, save_figure
 from studies.fourlayer import STORED, Pictures, build, load, make_optimizer, save, train_epoch
 from studies.loop import small_store
 from train import Watch
-from utils import Diverged, Parser, UserError, pick_device, run_script, whole
+from utils import Diverged, Parser, UserError, pick_device, run_script, shown, whole
 
 ACTIVATIONS = ("relu", "tanh")
 LRS = (0.001, 0.002, 0.0005, 0.004, 0.00025, 0.008)  # the likeliest first: the others are given up once they are slower
 FACTOR = 2
 TARGET = 25.0  # percent training error
 GUESSING = 90.0  # percent error before the first epoch
-FIFTHS = 5  # errors of an epoch
+PARTS = 5  # of an epoch, each with an error of its own
 KEY = ("activation", "lr", "seed", "epochs", "precision")
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     args.out, device = results_file(args.out), pick_device(args.device)
-    if not all(set(KEY) <= set(entry) for entry in read_log(args.out)):
+    if not all({*KEY, "part_errors"} <= set(entry) for entry in read_log(args.out)):
         raise UserError(f"{args.out} holds lines of another kind; name another --out")
     utils.no_tf32()
     pictures = Pictures(small_store("cifar10"), STORED, device)
@@ -104,36 +104,40 @@ def run(args, pictures: Pictures, act: str, lr: float, seed: int, watch: Watch) 
         if lines(args, **cell):
             return
         before = [e["reached"] for e in lines(args, activation=act, seed=0) if e["reached"]] if seed == 0 else []
-        found = errors_of(folder, pictures, cell, min([args.epochs, *before]), args.precision, watch)
+        found = errors_of(args, folder, pictures, cell, min([args.epochs, *before]), watch)
         if found:
-            about = {"epochs": args.epochs, "precision": args.precision, "reached": crossing(curve(found["errors"]))}
+            reached = crossing(curve(found["part_errors"]))
+            about = {"epochs": args.epochs, "precision": args.precision, "reached": reached}
             append_line(args.out, cell | about | found | environment(pictures.train.device))
             (folder / "last.pt").unlink(missing_ok=True)
 
 
-def errors_of(folder: Path, pictures: Pictures, cell: dict, limit: float, precision: str, watch: Watch) -> dict | None:
+def errors_of(args, folder: Path, pictures: Pictures, cell: dict, limit: float, watch: Watch) -> dict | None:
     """Training errors in percent of the fifths of a net's epochs up to the target or `limit`, their seconds, and
     "diverged" where it did; None where a signal came."""
     net, optimizer = start(pictures, **cell)
     last = load(folder / "last.pt", net, optimizer, pictures)
-    errors, seconds = last.get("errors", []), last.get("seconds", 0.0)
-    epoch = len(errors) // FIFTHS
+    errors, seconds, epoch = last.get("part_errors", []), last.get("seconds", 0.0), last["epoch"]
+    if len(errors) != PARTS * epoch:
+        raise UserError(f"{shown(folder)} is of an earlier version of this study; remove it")
     print(f"{cell['activation']}, learning rate {cell['lr']:g}, seed {cell['seed']}, from epoch {epoch + 1}",
           flush=True)
-    while epoch < limit and not (epoch and statistics.mean(errors[-FIFTHS:]) < TARGET):
+    while epoch < args.epochs and not (epoch and statistics.mean(errors[-PARTS:]) < TARGET):
+        if epoch >= limit and not crossing(curve(errors)):
+            break
         try:
-            found = train_epoch(net, optimizer, pictures, FIFTHS, cell["seed"], epoch, watch, precision)
+            found = train_epoch(net, optimizer, pictures, PARTS, cell["seed"], epoch, watch, args.precision)
             if found is None:
                 return None
             epoch += 1
             errors += found["part_errors"]
             seconds += found["seconds"]
-            save(folder / "last.pt", net, optimizer, pictures, epoch, errors=errors, seconds=seconds)
+            save(folder / "last.pt", net, optimizer, pictures, epoch, part_errors=errors, seconds=seconds)
         except Diverged as reason:
-            return {"errors": errors, "seconds": seconds, "diverged": str(reason)}
+            return {"part_errors": errors, "seconds": seconds, "diverged": str(reason)}
         print(f"epoch {epoch:>2}: {found['train_top1_error']:.2f}%  {found['images_per_second']:.0f} images/s",
               flush=True)
-    return {"errors": errors, "seconds": seconds}
+    return {"part_errors": errors, "seconds": seconds}
 
 
 def start(pictures: Pictures, activation: str, lr: float, seed: int):
@@ -147,13 +151,13 @@ def start(pictures: Pictures, activation: str, lr: float, seed: int):
 
 def curve(errors: list[float]) -> list[tuple[float, float]]:
     """(epochs, error) of the fifths, each at its middle, after guessing at 0."""
-    return [(0.0, GUESSING), *(((i + 0.5) / FIFTHS, e) for i, e in enumerate(errors))]
+    return [(0.0, GUESSING), *(((i + 0.5) / PARTS, e) for i, e in enumerate(errors))]
 
 
 def by_epoch(errors: list[float]) -> list[tuple[float, float]]:
     """(epochs, error) of whole epochs, each at its end, after guessing at 0."""
-    epochs = range(0, len(errors), FIFTHS)
-    return [(0.0, GUESSING), *((i / FIFTHS + 1, statistics.mean(errors[i : i + FIFTHS])) for i in epochs)]
+    epochs = range(0, len(errors), PARTS)
+    return [(0.0, GUESSING), *((i / PARTS + 1, statistics.mean(errors[i : i + PARTS])) for i in epochs)]
 
 
 def crossing(points: list[tuple[float, float]]) -> float | None:
@@ -179,7 +183,7 @@ def report(args) -> str:
         if runs[act]:
             said.append(f"{act} at {best:g}, by seed: {', '.join(map(outcome, runs[act]))}")
     for how, points in (("", curve), ("by whole epochs, each counting for its end: ", by_epoch)):
-        relu, tanh = ({e["seed"]: crossing(points(e["errors"])) for e in runs[act]} for act in ACTIVATIONS)
+        relu, tanh = ({e["seed"]: crossing(points(e["part_errors"])) for e in runs[act]} for act in ACTIVATIONS)
         ratios = [tanh[seed] / relu[seed] for seed in sorted(set(relu) & set(tanh)) if tanh[seed] and relu[seed]]
         said.append(how + ratio_said(ratios))
     return "\n".join(said)
@@ -198,7 +202,7 @@ def outcome(entry: dict) -> str:
         return f"{entry['reached']:.2f}"
     if "diverged" in entry:
         return "diverged"
-    return f"not by {len(entry['errors']) // FIFTHS}"
+    return f"not by {len(entry['part_errors']) // PARTS}"
 
 
 def draw(args, path: Path) -> None:
@@ -209,7 +213,7 @@ def draw(args, path: Path) -> None:
         best = fastest(args, act)
         for i, e in enumerate(lines(args, activation=act, lr=best) if best else []):
             label = None if i else f"{act}, {best:g}"
-            axes.plot(*zip(*curve(e["errors"]), strict=True), style, color="black", lw=1.2, label=label)
+            axes.plot(*zip(*curve(e["part_errors"]), strict=True), style, color="black", lw=1.2, label=label)
     axes.axhline(TARGET, color="0.5", ls=":", lw=1)
     axes.set(xlabel="epochs", ylabel="training error (%)", ylim=(0, 90), xlim=(0, None))
     axes.set_title("Four-layer net on CIFAR-10, each at its fastest learning rate", fontsize=10)

@@ -66,8 +66,8 @@ def build(lrn: bool, filters: int, act: str = "relu", side: int = CROP, classes:
     default side of 24: 1,116,490 parameters with 32 filters in local3, 2,112,970 with 64."""
     half = math.ceil((side - 1) / 2)  # pools round up
     quarter = math.ceil((half - 1) / 2)
-    # The files have each activation before its pool. It rises, so that after the pool it gives the same numbers, at a
-    # quarter of the work.
+    # The files have each activation before its pool. Activations never fall, so after the pool they give the same
+    # numbers, at a quarter of the work.
     second = {"pool2": max_pool(), "act2": activation(act)}
     if lrn:
         second = {"act2": activation(act), "norm2": normalisation(), "pool2": max_pool()}

@@ -29,7 +29,7 @@ from data.pack import named_store
 from data.store import Store
 from kernels import accelerate
 from recipe import make_optimizer
-from studies.common import batches, new_figure, results_file, save_figure
+from studies.common import batches, new_figure, plain, results_file, save_figure
 from train import Watch, starting_net, train_step
 from utils import Parser, Progress, UserError, number, pick_device, run_script, whole
 
@@ -56,7 +56,7 @@ def main(argv=None) -> int:
     guessing = math.log(len(store.classes))
     if args.stop_below >= LEFT * guessing:
         raise UserError(f"--stop-below {args.stop_below:g}: the plateau counts as left below {LEFT * guessing:.3f}; "
-                        "runs that end above that could not be told from those that stay")
+                        "give less than that, or runs would end before they have left")
     utils.no_tf32()
     loader, machine = Loader(store, "train", device), environment(device)
     run = settled(args, store, device, seed=0)
@@ -233,7 +233,7 @@ def draw(entries: list[dict], path: Path) -> None:
     """The loss over steps, a panel for each choice of pixels and dropout; and when the plateau is left, over how much
     of fc6's output at the start is due to the picture. A colour for each initialisation, a line or mark a run."""
     figure, guessing = new_figure(14, 7), math.log(entries[0]["classes"])
-    figure.suptitle(f"{entries[0]['dataset']}, {entries[0]['image_size']} pixels", fontsize=11)
+    figure.suptitle(f"{plain(entries[0]['dataset'])}, {entries[0]['image_size']} pixels", fontsize=11)
     panels = figure.subplot_mosaic("ABE;CDE", width_ratios=(1, 1, 1.3))
     names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / std",
              "paper": "the paper's dropout", "inverted": "inverted dropout"}

@@ -236,7 +236,8 @@ def open_store(row: Row) -> Store:
         pack.main(list(row.pack))
     store = Store(where)
     if not store.counts.get("test") or "test" in store.unlabelled:
-        raise UserError(f"{where} has no test pictures with labels; pack it again from train/CLASS/ and test/CLASS/")
+        raise UserError(f"{where} has no test pictures with labels; remove it, put the pictures into train/CLASS/ and "
+                        "test/CLASS/, and start again")
     return store
 
 
@@ -291,11 +292,11 @@ def best_covered(name: str) -> tuple[Machine | None, list[dict]]:
     return max(found, key=lambda entry: (len(entry[1]), together(name, entry[0]) is not None), default=(None, []))
 
 
-def diverged(name: str, machine: Machine | None) -> str:
+def diverged_said(name: str, machine: Machine | None, where: str = "") -> str:
     """How many nets of a row diverged, for a cell; empty where none did."""
     nets = finished(name)[machine]
     count = len(nets) - len(sound(nets))
-    return f", {count} diverged" if count else ""
+    return f", {count} diverged{where}" if count else ""
 
 
 def error_table() -> list[str]:
@@ -304,13 +305,13 @@ def error_table() -> list[str]:
     for name, row in ROWS.items():
         machine, nets = best_covered(name)
         if not nets:
-            lines.append(f"| {row.what} | not measured yet | | | | 0 of {row.seeds}{diverged(name, machine)} | |")
+            lines.append(f"| {row.what} | not measured yet | | | | 0 of {row.seeds}{diverged_said(name, machine)} | |")
             continue
         one = together(name, machine)
         lines.append(
             f"| {row.what} | {spread_of(nets, CENTER)} | {spread_of(nets, TEN_CROP)} | "
             f"{'' if one is None else f'{one:.2f}'} | {spread_of(nets, 'train_top1_error')} | "
-            f"{len(nets)} of {row.seeds}{diverged(name, machine)} | {machine.device}, {machine.precision} |"
+            f"{len(nets)} of {row.seeds}{diverged_said(name, machine)} | {machine.device}, {machine.precision} |"
         )
     gone = [f"{name} with seed {seed} on {machine.device}" for name in ROWS
             for machine, nets in finished(name).items() for seed, e in nets.items() if "diverged" in e]
@@ -323,13 +324,15 @@ def idea_table() -> list[str]:
     for name, idea in IDEAS.items():
         paired = [(machine, pairs_on(machine, idea)) for machine in finished(idea.before)]
         machine, pairs = max(paired, key=lambda entry: len(entry[1]), default=(None, []))
+        said = diverged_said(idea.before, machine, " without")
+        if idea.after != idea.before:
+            said += diverged_said(idea.after, machine, " with")
         if not pairs:
-            lines.append(f"| {name} | {idea.paper} | not measured yet | | | | |")
+            lines.append(f"| {name} | {idea.paper} | not measured yet{said} | | | | |")
             continue
         gains = [without - with_it for without, with_it in pairs]
         means = " | ".join(mean_and_spread(errors) for errors in zip(*pairs, strict=True))
-        by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
-        by_seed += "".join(diverged(row, machine) for row in dict.fromkeys((idea.before, idea.after)))
+        by_seed = ", ".join(f"{gain:+.2f}" for gain in gains) + said
         lines.append(f"| {name} | {idea.paper} | {means} | {by_seed} | {verdict(gains)} | "
                      f"{machine.device}, {machine.precision} |")
     return lines

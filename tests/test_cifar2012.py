@@ -370,7 +370,7 @@ def test_figure_1_tries_rates_until_the_fastest_is_inside(study, monkeypatch, ca
     monkeypatch.setattr(figure1, "train_epoch", pretend)
     out = study / "x.jsonl"
     assert figure1.main(["--seeds", "2", "--out", str(out)]) == 0
-    found = [(e["activation"], e["lr"], e["seed"], len(e["errors"]) // 5) for e in read_log(out)]
+    found = [(e["activation"], e["lr"], e["seed"], len(e["part_errors"]) // 5) for e in read_log(out)]
     assert found[:9] == [
         ("relu", 0.001, 0, 41), ("relu", 0.002, 0, 21), ("relu", 0.0005, 0, 20), ("relu", 0.004, 0, 11),
         ("relu", 0.00025, 0, 10), ("relu", 0.008, 0, 5), ("relu", 0.016, 0, 4), ("relu", 0.008, 1, 5),
@@ -411,7 +411,7 @@ def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study
             break
         assert status == 130
     others = read_log(study / "y.jsonl")
-    assert [e["errors"] for e in others] == [e["errors"] for e in lines]
+    assert [e["part_errors"] for e in others] == [e["part_errors"] for e in lines]
     net, optimizer, pictures = calls[0][:3]
     assert not any(isinstance(layer, LocalResponseNorm) for layer in net)
     assert not any(group["weight_decay"] for group in optimizer.param_groups)
@@ -422,7 +422,7 @@ def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study
 def test_seeds_that_never_got_there_are_shown(study, capsys):
     lines = [
         {"activation": act, "lr": 0.001, "seed": seed, "epochs": 9, "precision": "fp32", "reached": reached,
-         "errors": [90 - 65 * (i + 0.5) / 5 / (reached or 20) for i in range(46)]}
+         "part_errors": [90 - 65 * (i + 0.5) / 5 / (reached or 20) for i in range(46)]}
         for act, found in (("relu", (2.0, 2.0, 2.5)), ("tanh", (8.0, None, 9.0))) for seed, reached in enumerate(found)
     ]
     (study / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -156,7 +156,7 @@ def test_two_machines_give_the_weights_of_two_processes_on_one(store, two_proces
 
 def test_a_preempted_torchrun_hands_sigusr1_on(store, tmp_path):
     """Named for it as checkpoints/README.md says: both processes stop in good order, and the run can go on."""
-    arguments = [*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    arguments = [*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     arguments += command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "50")[1:]
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                env=environment())

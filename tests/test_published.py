@@ -97,7 +97,7 @@ def test_a_store_without_test_pictures_is_left_out_before_the_training(small, tr
     pack.main([str(tree), "--out", str(small / "store")])
     monkeypatch.setitem(published.ROWS, "base", published.Row("none", ["--data", str(small / "store")], 1))
     assert published.main(["base", *CPU]) == 0
-    assert "store has no test pictures with labels; pack it again from train/CLASS/" in capsys.readouterr().out
+    assert "store has no test pictures with labels; remove it, put the pictures into" in capsys.readouterr().out
 
 
 def test_tables_say_what_is_not_there(small, monkeypatch, capsys):
@@ -123,6 +123,7 @@ def test_a_net_that_diverged_is_a_line_too(small, monkeypatch, capsys):
     assert f"diverged: base with seed 0 on {HERE.device}, base with seed 1 on {HERE.device}" in capsys.readouterr().out
     assert len(list(published.LOGS.iterdir())) == 2
     assert published.error_table()[2] == "| small | not measured yet | | | | 0 of 2, 2 diverged | |"
+    assert published.idea_table()[3] == "| ten crops | 1.5 | not measured yet, 2 diverged without | | | | |"
 
 
 def test_what_a_kill_leaves_does_not_stand_in_the_way(small):

@@ -140,7 +140,6 @@ def part_of_the_sample(path: Path) -> Path:
 RUN = ["python train.py --dataset sample", "python train.py --resume"]
 RUN += [line for line in commands(README) if line.startswith("python test.py") and "imagenet" not in line]
 RUN += ["python train.py --data photos"]
-RUN += ["python -m data.pack sample --size 32 --out data/stores/sample-32"]
 
 
 @pytest.mark.parametrize("line", RUN)

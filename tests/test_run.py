@@ -429,6 +429,7 @@ def test_environment_names_versions_and_hardware():
     assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", found["commit"])
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
 def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     """New lines of results leave it as it is; any other change to a file that git knows is told."""
     monkeypatch.setattr(runs, "ROOT", tmp_path)

@@ -46,7 +46,7 @@ def test_plateau_refuses_a_log_of_another_kind(store, tmp_path, monkeypatch):
 
 def test_plateau_refuses_to_end_runs_before_they_can_have_left(store, tmp_path, monkeypatch):
     monkeypatch.setattr(plateau, "named_store", lambda name: store)
-    with pytest.raises(UserError, match=r"--stop-below 2: .* left below 1\.248; runs that end above"):
+    with pytest.raises(UserError, match=r"--stop-below 2: .* left below 1\.248; give less"):
         plateau.main(["--dataset", "sample", "--stop-below", "2", "--out", str(tmp_path / "x.jsonl")])
 
 
