@@ -216,6 +216,14 @@ def test_another_precision_is_another_net(small, monkeypatch):
     assert not (published.folder("base", 0, HERE._replace(precision="bf16")) / "run").exists()
 
 
+def test_a_line_says_how_its_pictures_were_packed(run_folder):
+    store = str(published.ROOT / "data" / "stores" / "x")
+    row = published.Row("words", ["--data", store], 1, ("photos", "--val", "0.05", "--out", store))
+    line = published.about("x", row, 0, run_folder)
+    pack = "python -m data.pack photos --val 0.05 --out data/stores/x"
+    assert line["command"] == f"{pack} && python train.py --data data/stores/x --seed 0 --precision fp32"
+
+
 def test_rows_are_commands_of_train_py():
     """Each row's options are train.py's, and an idea compares rows that differ in one thing."""
     import options

@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -84,6 +85,22 @@ def test_plateau_summary_says_when_the_loss_left():
     assert plateau.summary([2.3] * 100, 10)["left"] is None
     diverged = plateau.summary([2.3] * 9 + [math.inf], 10)
     assert (diverged["finite"], diverged["left"], diverged["losses"]) == (False, None, [2.3, None])
+
+
+def test_one_process_holds_a_folder(tmp_path):
+    entered = []
+
+    def wait():
+        with common.alone(tmp_path / "new"):
+            entered.append(True)
+
+    other = threading.Thread(target=wait)
+    with common.alone(tmp_path / "new"):
+        other.start()
+        other.join(0.2)
+        assert not entered
+    other.join(10)
+    assert entered
 
 
 def test_verdict_is_a_paired_interval():
