@@ -1,5 +1,5 @@
 """The guides: commands that can run do, the others are parsed by the script that they call; python blocks run; links
-lead somewhere. Guides are README.md, REPRODUCTION.md and each folder's README.md."""
+lead somewhere. Guides are README.md, REPRODUCTION.md, results/SPEED.md and each folder's README.md."""
 
 import importlib
 import re
@@ -34,7 +34,7 @@ PARSERS = {
     "benchmarks.faults": "benchmarks.faults.__main__",
     "checkpoints.convert": "checkpoints.convert", "checkpoints.export": "checkpoints.export",
 }
-PATHS = [ROOT / "README.md", ROOT / "REPRODUCTION.md"]
+PATHS = [ROOT / "README.md", ROOT / "REPRODUCTION.md", ROOT / "results/SPEED.md"]
 PATHS += sorted([*ROOT.glob("[!.]*/README.md"), *ROOT.glob("results/*/README.md")])
 GUIDES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 README, REPRODUCTION = GUIDES["README.md"], GUIDES["REPRODUCTION.md"]
