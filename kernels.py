@@ -46,9 +46,9 @@ CHANNELS = 1024  # what kernels.c keeps of one pixel lies on the stack of its th
 TILE_PIXELS, TILE_CHANNELS, WARPS = 16, 32, 4
 
 # LRN in torch's operations takes this many numbers at a time on a CPU. Its temporary tensors have to be smaller than
-# 2 MB: from there on torch aligns them for large pages (utils.huge_pages), and each takes its memory from Linux anew.
-# At (64, 96, 55, 55), forward + backward on one thread, 300,000 cause 16,000 page faults and 80 ms in Linux, 600,000
-# cause 215,000 and 640 ms.
+# 2 MB: from there on torch aligns them for large pages, and unless glibc keeps what is freed (memory.keep does
+# both), each takes its memory from Linux anew. At (64, 96, 55, 55), forward + backward on one thread, 300,000 cause
+# 16,000 page faults and 80 ms in Linux, 600,000 cause 215,000 and 640 ms.
 CPU_PIECE = 300_000
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import checkpoints
+import memory
 import utils
 from checkpoints import load_member, watch_features
 from checkpoints.loose import Namer
@@ -328,5 +329,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

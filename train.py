@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import memory
 import processes
 import utils
 from checkpoints import describe_net, freeze, load_checkpoint, new_net, take_weights
@@ -115,6 +116,7 @@ def fit(run: Training, watch: "Watch") -> int:
         if args.skip_bad_records:
             entry |= replaced_records(args, train, val)
         finish_epoch(run, entry, watch)
+        memory.hand_back()
     return 0
 
 
@@ -511,5 +513,5 @@ def conclusion(run: Training, status: int) -> str:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

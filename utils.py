@@ -152,12 +152,6 @@ def no_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def huge_pages() -> None:
-    """Have torch ask Linux for pages of 2 MB, before it allocates anything: new memory then costs a tenth less of a
-    step at 224 pixels. For scripts, because it holds for the whole process; Linux may be set up to refuse."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def seed_all(*numbers: int) -> None:
     """Seed the CPU's generator and the current GPU's from several whole numbers, such as (seed, step, rank)."""
     import torch

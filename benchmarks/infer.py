@@ -16,6 +16,7 @@ import json
 
 import torch
 
+import memory
 import utils
 from benchmarks.step import make_net
 from benchmarks.timing import add_net_options, add_options, chosen, interleaved, machine, milliseconds, pictures
@@ -169,5 +170,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

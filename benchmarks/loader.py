@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import utils
+import memory
 from benchmarks.pack import like_a_photograph
 from benchmarks.timing import interleaved, machine, milliseconds
 from data import encode, pack, trees
@@ -359,5 +359,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

@@ -14,6 +14,7 @@ import json
 import torch
 import torch.nn.functional as F
 
+import memory
 import utils
 from benchmarks.timing import add_options, copy_rate, interleaved, machine, milliseconds, pictures
 from kernels import FAST_LRN, TorchLRN, trouble_with_lrn
@@ -118,5 +119,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

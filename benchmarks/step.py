@@ -5,9 +5,9 @@
 
 The usual module has the same layers as AlexNet() with torch's parts: conv, ReLU, nn.LocalResponseNorm, max-pool,
 nn.Dropout, torch.optim.SGD. It runs as it is usually written, and tuned in every combination that its best user would
-try: fused SGD; eager and compiled; contiguous and channels_last; on a CPU with and without pages of 2 MB. The ratio
-that counts is against the fastest of these. With --precision bf16 all run under autocast, and the usual module and this
-repository in fp32 beside them.
+try: fused SGD; eager and compiled; contiguous and channels_last; on a CPU with and without this repository's way
+with memory (memory.keep). The ratio that counts is against the fastest of these. With --precision bf16 all run
+under autocast, and the usual module and this repository in fp32 beside them.
 
 Every contender is a process of its own (on a GPU the peers keep torch's TF32 in fp32 convolutions, this repository has
 none); they take turns, two steps each, of which the second counts, after three of warm-up. Pictures are those of the
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+import memory
 import utils
 from benchmarks.timing import (
     add_net_options,
@@ -48,12 +49,12 @@ class Contender(NamedTuple):
     fused: bool = True  # the usual module's SGD; this repository's always is
     channels_last: bool = False
     compiled: bool = False
-    huge_pages: bool = False  # a matter of CPUs
+    keep_memory: bool = False  # a matter of CPUs
     fp32: bool = False  # whatever --precision says
 
 
 USUAL, THIS = "usual module", "this"
-WORDS = ("channels_last", "torch.compile", "huge pages")
+WORDS = ("channels_last", "torch.compile", "memory kept")
 TUNED = {
     ", ".join([f"{USUAL}, fused SGD", *(word for word, on in zip(WORDS, form, strict=True) if on)]):
     Contender("usual", True, *form) for form in itertools.product((False, True), repeat=len(WORDS))
@@ -61,12 +62,13 @@ TUNED = {
 CONTENDERS = {
     USUAL: Contender("usual", fused=False),
     **TUNED,
-    "torchvision's alexnet (another net)": Contender("torchvision", channels_last=True, huge_pages=True),
-    f"{THIS}, --kernels off": Contender("plain", channels_last=True, huge_pages=True),
-    THIS: Contender("fast", channels_last=True, huge_pages=True),
-    f"{THIS}, --compile": Contender("fast", channels_last=True, compiled=True, huge_pages=True),
+    "torchvision's alexnet (another net)": Contender("torchvision", channels_last=True, keep_memory=True),
+    f"{THIS}, --kernels off": Contender("plain", channels_last=True, keep_memory=True),
+    THIS: Contender("fast", channels_last=True, keep_memory=True),
+    f"{THIS}, memory not kept": Contender("fast", channels_last=True),
+    f"{THIS}, --compile": Contender("fast", channels_last=True, compiled=True, keep_memory=True),
     f"{USUAL}, in fp32": Contender("usual", fused=False, fp32=True),
-    f"{THIS}, in fp32": Contender("fast", channels_last=True, huge_pages=True, fp32=True),
+    f"{THIS}, in fp32": Contender("fast", channels_last=True, keep_memory=True, fp32=True),
 }
 PARTS = {  # what a profile's operators are part of, by a piece of their names
     "convolutions": ("convolution", "conv2d"), "dense layers": ("addmm", "::mm", "linear", "dense"),
@@ -82,8 +84,7 @@ def main(argv=None) -> int:
     device = utils.pick_device(args.device)
     able = {
         name: one for name, one in CONTENDERS.items()
-        if (device.type == "cpu" or one.net != "usual" or not one.huge_pages)
-        and (args.precision != "fp32" or not one.fp32)
+        if (device.type == "cpu" or "memory" not in name) and (args.precision != "fp32" or not one.fp32)
     }
     names = list(chosen(able, args.only))
     result = {"size": args.size, "batch": args.batch, "precision": args.precision, **machine(device)}
@@ -129,8 +130,8 @@ def race(names: list[str], args, device: torch.device) -> dict:
 def contend(connection, name: str, args, device: torch.device) -> None:
     """A contender's process: does what it is told, and answers None, seconds, a description, or in words why not."""
     contender = CONTENDERS[name]
-    if contender.huge_pages:
-        utils.huge_pages()
+    if contender.keep_memory:
+        memory.keep()
     if contender.net in ("plain", "fast"):
         utils.no_tf32()
     if device.type == "cuda":
@@ -145,20 +146,28 @@ def contend(connection, name: str, args, device: torch.device) -> None:
                 step = make_step(contender, args, device)
                 for _ in range(3):
                     step()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()  # the next contender finds the memory free
+                give_memory_back(device)
                 connection.send(None)
             elif word == "step":
                 step()  # the others have had the caches since
-                connection.send(timed(step, device))
+                seconds = timed(step, device)
+                give_memory_back(device)
+                connection.send(seconds)
             else:
-                memory = peak(step, before, device)
+                most = peak(step, before, device)
                 spent = parts(step, device) if name in (USUAL, THIS) else None
-                connection.send({"memory_mb": memory, "parts_ms": spent})
+                connection.send({"memory_mb": most, "parts_ms": spent})
                 return
         except Exception as error:  # a peer that is not installed or can't run here is named, the others go on
             connection.send(f"{type(error).__name__}: {utils.one_line(error)}")
             return
+
+
+def give_memory_back(device: torch.device) -> None:
+    """The next contender finds the memory free that torch's allocator, or glibc, keeps for the next step."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    memory.hand_back()
 
 
 def import_what(contender: Contender) -> None:

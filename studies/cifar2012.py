@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoints
+import memory
 import utils
 from checkpoints.run import Busy, append_line, environment, locked, read_log
 from kernels import accelerate
@@ -286,5 +287,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import checkpoints
+import memory
 from checkpoints.run import Busy, locked
 from data import sources
 from data.loader import Loader
@@ -135,4 +136,5 @@ def png(text: str) -> Path:
 
 
 if __name__ == "__main__":
+    memory.keep()
     run_script(main)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 import checkpoints
+import memory
 import utils
 from checkpoints.run import append_line, environment, locked, read_log
 from kernels import accelerate
@@ -236,5 +237,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

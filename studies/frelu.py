@@ -22,6 +22,7 @@ import statistics
 import torch
 
 import checkpoints
+import memory
 from checkpoints.run import Busy, append_line, environment, locked, read_log
 from data import sources
 from data.loader import Loader
@@ -207,4 +208,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    memory.keep()
     run_script(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import memory
 import options
 import utils
 from checkpoints.run import append_line, environment, read_log
@@ -301,4 +302,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    memory.keep()
     run_script(main)

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 import checkpoints
+import memory
 import options
 import test
 import train
@@ -365,5 +366,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

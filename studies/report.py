@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import memory
 import options
 import test
 import utils
@@ -269,5 +270,5 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    utils.huge_pages()
+    memory.keep()
     run_script(main)

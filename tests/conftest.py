@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+import memory
 import train
-import utils
 from data import pack
 from data.sources import Source, Split
 
 MEMORY = Path("/dev/shm")
 
 torch.set_num_threads(1)  # each of pytest-xdist's processes has a core, and so have the scripts that tests start
-utils.huge_pages()
+memory.keep()
 # Tests write many checkpoints of 90 to 750 MB: in memory, if there is room, which takes two thirds of the time.
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 10e9:
     os.environ.setdefault("TMPDIR", str(MEMORY))

@@ -32,7 +32,7 @@ def test_turns_are_taken_and_the_first_is_not_counted():
 
 def test_step_in_processes_of_their_own(capsys):
     options = ["--size", "64", "--batch", "2", "--classes", "4", "--repeats", "3", "--device", "cpu"]
-    names = ["usual module, fused SGD, huge pages", "this, --kernels off"]
+    names = ["usual module, fused SGD, memory kept", "this, --kernels off"]
     step.main([*options, "--only", *names, "--json"])
     result = json.loads(capsys.readouterr().out)
     assert list(result["contenders"]) == names
@@ -48,7 +48,7 @@ def test_the_ratio_that_counts_is_against_the_fastest_form():
         return {"median_ms": ms, "quartiles_ms": [ms, ms], "memory_mb": 1, "parts_ms": {"LRN": 3.0, "update": 1.0}}
 
     found = {"usual module": entry(8), "usual module, fused SGD": {"skipped": "ImportError: no such thing"},
-             "usual module, fused SGD, huge pages": entry(6), "this": entry(4), "this, in fp32": entry(12),
+             "usual module, fused SGD, memory kept": entry(6), "this": entry(4), "this, in fp32": entry(12),
              "torchvision's alexnet (another net)": entry(1)}
     text = step.report({"contenders": found, "size": 64, "batch": 2, "precision": "bf16", "device": "x", "threads": 1,
                         "torch": "2", "load": 0.5, "flops": 3e9, "product_rate": 1e12})
@@ -56,7 +56,7 @@ def test_the_ratio_that_counts_is_against_the_fastest_form():
     assert lines["this"][-4:] == ["2.00", "1.50", "1", "75%"]
     assert lines["this, in fp32"][-4:] == ["0.67", "0.50", "1", "-"]
     assert "skipped: ImportError: no such thing" in text
-    assert "the fastest form of the usual module: usual module, fused SGD, huge pages" in text
+    assert "the fastest form of the usual module: usual module, fused SGD, memory kept" in text
     assert "where the time of 'this' goes, ms: LRN 3.0 (75%), update 1.0 (25%)" in text
 
 
