@@ -23,6 +23,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -431,19 +432,18 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
     compiler = os.environ.get("CC") or "cc"
     if not shutil.which(compiler.split()[0]):
         return None, f"there is no C compiler {compiler}"
-    # -O3 would be no faster and take 1.1 seconds to compile instead of 0.4. The OpenMP that it names is the one that
-    # torch has loaded already: one set of threads for both.
-    flags = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fno-math-errno", "-fopenmp"]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
+    # The OpenMP that -fopenmp names is the one that torch has loaded already: one set of threads for both.
+    flags = ["-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+    # gcc's, which compile in 0.4 seconds what -O3 takes 1.1 for, to the same speed; and for compilers without them
+    for optimise in (["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"], ["-O3"]):
+        with suppress(OSError, subprocess.SubprocessError, AttributeError), tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "kernels.so"
-            command = [*compiler.split(), *flags, "-shared", "-fPIC", "-o", str(built), str(SOURCE), "-lm"]
+            command = [*compiler.split(), *optimise, *flags, "-o", str(built), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             loaded = ctypes.CDLL(str(built))
             loaded.lrn_forward, loaded.lrn_backward  # noqa: B018  (raises where they are hidden)
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None, f"{compiler} can't build kernels.c here"
-    return loaded, ""
+            return loaded, ""
+    return None, f"{compiler} can't build kernels.c here"
 
 
 # ---------------------------------------------------------------------------------------------- LRN on a GPU

@@ -331,6 +331,15 @@ def test_without_a_compiler_lrn_is_done_by_torchs_operations(fresh, compiler, re
     assert type(net.fc6) is FastLinear
 
 
+def test_a_compiler_that_lacks_gccs_options_builds_the_kernels_too(fresh, tmp_path):
+    """As clang does, which knows no -fvect-cost-model=dynamic."""
+    compiler = tmp_path / "plain-cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *cost-model*) exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    assert kernels.compiled()[0] is not None
+
+
 def test_it_says_what_it_chose():
     assert accelerate(AlexNet(4, image_size=64)) == "LRN compiled from kernels.c, dense layers by oneDNN in fp32"
     assert accelerate(AlexNet(4, image_size=64, lrn=False)) == "dense layers by oneDNN in fp32"
