@@ -167,6 +167,7 @@ def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: "Wa
                 take_totals(run, sums, watch)
                 if watch.rank == 0:
                     save_last(run)
+                memory.hand_back()
     watch.end_epoch((state.step_in_epoch - first) * args.batch_size)
     return sums, stop
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoints
+import memory
 import utils
 from checkpoints.run import append_line, environment, read_log
 from data import pack, sources
@@ -94,6 +95,7 @@ def fit(run: Run, watch: Watch) -> bool:
               f"val error {entry['val_top1_error']:.2f}%  {entry['images_per_second']:.0f} images/s", flush=True)
         append_line(run.folder / "log.jsonl", entry)
         save(run)
+        memory.hand_back()
     if run.epoch == len(run.lrs):
         return True
     save(run)

@@ -73,6 +73,7 @@ def main(argv=None) -> int:
             losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
             entry |= summary(losses, len(store.classes)) | {"outputs": outputs, "seconds": time.monotonic() - began}
             append_line(out, entry | machine)
+            memory.hand_back()
     entries = [e for e in read_runs(out) if all(e[k] == v for k, v in about.items())]
     print(table(entries))
     draw(entries, out.with_suffix(".png"))

@@ -23,6 +23,12 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
     os.environ.setdefault("TMPDIR", str(MEMORY))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def memory_handed_back():
+    yield
+    memory.hand_back()
+
+
 def pictures(count: int, shape: tuple, seed: int = 0) -> np.ndarray:
     """Smooth random uint8 pictures (count, *shape): blurred noise, so that neighbouring pixels are alike."""
     rng = np.random.default_rng(seed)

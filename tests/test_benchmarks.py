@@ -103,7 +103,7 @@ def test_every_kind_of_step_trains(kind, monkeypatch):
 
 
 def test_who_takes_part(monkeypatch):
-    """The usual module in all its forms, pages of 2 MB on a CPU only; fp32 beside bf16; a word that no name holds is an
+    """The usual module in all its forms, memory kept on a CPU only; fp32 beside bf16; a word that no name holds is an
     error."""
     asked = []
     monkeypatch.setattr(step, "race", lambda names, *_: asked.append(names) or {})
@@ -115,6 +115,11 @@ def test_who_takes_part(monkeypatch):
     assert asked[1] == list(step.CONTENDERS)
     with pytest.raises(UserError, match="no contender has that in its name"):
         step.main(["--only", "caffe", "--device", "cpu"])
+    monkeypatch.setattr(step.utils, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(step, "machine", lambda device: {})
+    step.main(["--size", "64", "--json"])
+    assert sum(name.startswith("usual module, fused") for name in asked[2]) == 2**2
+    assert not any("memory" in name for name in asked[2])
 
 
 def test_infer(capsys):

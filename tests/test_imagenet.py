@@ -165,7 +165,8 @@ def test_a_thousand_classes_at_224_pixels_train_and_test_within_the_memory(place
     source.splits["val"] = Split(val.pictures[:100], val.labels[:100])
     store = pack.pack(source, tmp_path / "store", workers=2)
     assert (store.size, store.codec) == (256, "jpeg")
-    streamed = "import sys, data.loader, {0}; from utils import run_script; data.loader.RESIDENT_BYTES = 0; "
+    streamed = "import sys, memory; memory.keep(); import data.loader, {0}; from utils import run_script; "
+    streamed += "data.loader.RESIDENT_BYTES = 0; "
     streamed += "sys.argv[1:] = {1!r}; run_script({0}.main)"
     train = ["--data", str(store.path), "--out", str(tmp_path / "run"), "--batch-size", "8", "--max-steps", "10",
              "--workers", "2", "--device", "cpu"]
