@@ -7,8 +7,8 @@ This repository (what test.py runs: uint8 pictures, mean, crops, net, softmax ou
 usual module of benchmarks.step, eager and compiled, contiguous and channels_last, torchvision's alexnet, another net,
 and this repository's net in ONNX Runtime, as checkpoints.export writes it (fp32 on a CPU, where its packages are
 installed). The peers put a picture's ten crops into one batch; all but ONNX Runtime are given float pictures, mean
-subtracted. With --precision bf16 all run under autocast. All take turns in one process, in inference mode, with pages
-of 2 MB.
+subtracted. With --precision bf16 all run under autocast. All take turns in one process, in inference mode, with memory
+kept (memory.keep).
 """
 
 import functools

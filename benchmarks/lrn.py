@@ -6,7 +6,7 @@ kernels.py's LRN, in C or Triton and in torch's operations, and model.py's formu
 and under torch.compile; in bfloat16 and float16 torch's under autocast, as nets call it. The input is what LRN 1 sees
 in the net at 224 pixels: conv1 and ReLU over pictures of the bundled sample, (batch, 96, 55, 55), in both layouts. The
 limit is five tensors (forward one read, one written, backward two read, one written) over the rate of a copy. All run
-with pages of 2 MB, as train.py does.
+with memory kept (memory.keep), as train.py does.
 """
 
 import json

@@ -10,9 +10,10 @@ with memory (memory.keep). The ratio that counts is against the fastest of these
 under autocast, and the usual module and this repository in fp32 beside them.
 
 Every contender is a process of its own (on a GPU the peers keep torch's TF32 in fp32 convolutions, this repository has
-none); they take turns, two steps each, of which the second counts, after three of warm-up. Pictures are those of the
-bundled sample. Memory is the most that a step takes beyond what the process held before it made its net. The limit is
-the step's multiply-adds in convolutions and dense layers over the rate of one large matrix product.
+none); they take turns, two steps each, of which the second counts, after three of warm-up; what one keeps goes back to
+Linux after its turn. Pictures are those of the bundled sample. Memory is the most that a step takes beyond what the
+process held before it made its net. The limit is the step's multiply-adds in convolutions and dense layers over the
+rate of one large matrix product.
 """
 
 import itertools
