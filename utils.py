@@ -49,16 +49,18 @@ def run_script(main) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Print one line on stderr about a UserError, OSError or Ctrl-C. Returns the exit status."""
+    """Print one line on stderr about a UserError, OSError or Ctrl-C. Returns the exit status. It is one write, which
+    print() is not where PYTHONUNBUFFERED is set: lines of several processes stay whole."""
     if isinstance(error, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
+        sys.stderr.write("stopped\n")
         return 130
     text = " ".join(str(error).split())
     if not isinstance(error, UserError):  # disk full, no permission, ...
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}; put that right and run the command again"
     start = f"error in process {os.environ['RANK']}:" if "RANK" in os.environ else "error:"
-    print(start, text if text.isprintable() else ascii(text)[1:-1], file=sys.stderr, flush=True)
+    sys.stderr.write(f"{start} {text if text.isprintable() else ascii(text)[1:-1]}\n")
+    sys.stderr.flush()
     return 2
 
 

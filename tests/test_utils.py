@@ -61,6 +61,29 @@ def test_what_a_script_exits_with(error, status, text, capsys, monkeypatch):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("error", "line"), [
+    (UserError("no such thing"), b"error in process 1: no such thing\n"), (KeyboardInterrupt(), b"stopped\n"),
+])
+def test_a_message_is_one_write(error, line, monkeypatch):
+    """Unbuffered, as with PYTHONUNBUFFERED=1: what print() writes in pieces, two processes mix."""
+    pieces = []
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, piece):
+            pieces.append(bytes(piece))
+            return len(piece)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Raw(), write_through=True))
+    utils.report(error)
+    assert [piece for piece in pieces if piece] == [line]
+    print("a", "b", file=sys.stderr)
+    assert len(pieces) > 2  # what is guarded against
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def main(_):
         raise ValueError("a bug, not a user's mistake")
