@@ -1,5 +1,5 @@
-/* LRN for a CPU, forward and backward, each one pass over memory: see kernels.py. Five channels, beta 0.75; float32, or
-   bfloat16 with every sum and root in float32.
+/* LRN for a CPU, forward and backward, each one pass over memory: see kernels.py. Beta 0.75; float32, or bfloat16 with
+   every sum and root in float32.
 
    The tensor is (rows, channels, pixels): pixels == 1 is channels_last, where a row is one pixel of one column;
    otherwise a row is one column of one picture. Rows are shared out among OpenMP threads.
@@ -11,7 +11,10 @@
 #include <string.h>
 
 #define TILE 256 /* pixels worked on together where they lie side by side */
+#ifndef AROUND   /* kernels.py names it */
 #define AROUND 2 /* channels on either side of the one that is normalised */
+#endif
+enum { WINDOW = 2 * AROUND + 1 };
 #define TWICE static inline __attribute__((always_inline))
 
 /* --------------------------------------------------------------------------- numbers */
@@ -50,17 +53,32 @@ TWICE void put(void *x, long i, float value, int bf16)
 /* d ** -0.75 is root * sqrt(root), 1 / d is root * root */
 static inline float inverse_root(float d) { return 1.0f / sqrtf(d); }
 
+static inline float window_sum(const float *x)
+{
+    float total = x[0];
+#pragma GCC unroll WINDOW
+    for (int j = 1; j < WINDOW; j++)
+        total += x[j];
+    return total;
+}
+
+/* Nothing before the first channel and after the last */
+static inline void clear_ends(float *x, long channels)
+{
+    for (int j = 0; j < AROUND; j++)
+        x[j] = x[channels + AROUND + j] = 0;
+}
+
 /* --------------------------------------------------------------------------- channels side by side */
 
 TWICE void forward_row(const void *restrict a, void *restrict b, long channels, float scale, float k, int bf16)
 {
     float squares[channels + 2 * AROUND];
-    squares[0] = squares[1] = squares[channels + 2] = squares[channels + 3] = 0;
+    clear_ends(squares, channels);
     for (long c = 0; c < channels; c++)
         squares[c + AROUND] = get(a, c, bf16) * get(a, c, bf16);
     for (long c = 0; c < channels; c++) {
-        const float *s = squares + c;
-        float root = inverse_root(k + scale * (s[0] + s[1] + s[2] + s[3] + s[4]));
+        float root = inverse_root(k + scale * window_sum(squares + c));
         put(b, c, get(a, c, bf16) * root * sqrtf(root), bf16);
     }
 }
@@ -69,19 +87,17 @@ TWICE void backward_row(const void *restrict a, const void *restrict g, void *re
                         float k, int bf16)
 {
     float squares[channels + 2 * AROUND], through[channels + 2 * AROUND], direct[channels];
-    squares[0] = squares[1] = squares[channels + 2] = squares[channels + 3] = 0;
-    through[0] = through[1] = through[channels + 2] = through[channels + 3] = 0;
+    clear_ends(squares, channels);
+    clear_ends(through, channels);
     for (long c = 0; c < channels; c++)
         squares[c + AROUND] = get(a, c, bf16) * get(a, c, bf16);
     for (long c = 0; c < channels; c++) {
-        const float *s = squares + c;
-        float root = inverse_root(k + scale * (s[0] + s[1] + s[2] + s[3] + s[4]));
+        float root = inverse_root(k + scale * window_sum(squares + c));
         direct[c] = get(g, c, bf16) * root * sqrtf(root);
         through[c + AROUND] = direct[c] * get(a, c, bf16) * root * root;
     }
     for (long c = 0; c < channels; c++) {
-        const float *t = through + c;
-        put(grad, c, direct[c] - 1.5f * scale * get(a, c, bf16) * (t[0] + t[1] + t[2] + t[3] + t[4]), bf16);
+        put(grad, c, direct[c] - 1.5f * scale * get(a, c, bf16) * window_sum(through + c), bf16);
     }
 }
 
@@ -114,14 +130,13 @@ TWICE void forward_tile(const void *restrict a, void *restrict b, long channels,
     }
 }
 
-/* A channel is finished when `through` is known of the two channels after it: five rows are kept, in a ring. */
+/* A channel is finished when `through` is known of the AROUND channels after it: WINDOW rows are kept, in a ring. */
 TWICE void backward_tile(const void *restrict a, const void *restrict g, void *restrict grad, long channels,
                          long pixels, long at, long n, float scale, float k, int bf16)
 {
-    enum { RING = 2 * AROUND + 1 };
-    float roots[TILE], sums[TILE], through[RING][TILE], direct[RING][TILE];
+    float roots[TILE], sums[TILE], through[WINDOW][TILE], direct[WINDOW][TILE];
     for (long c = 0; c < channels + AROUND; c++) {
-        float *new = through[c % RING], *straight = direct[c % RING];
+        float *new = through[c % WINDOW], *straight = direct[c % WINDOW];
         if (c < channels) {
             tile_roots(a, roots, c, channels, pixels, at, n, scale, k, bf16);
             for (long p = 0; p < n; p++) {
@@ -136,10 +151,10 @@ TWICE void backward_tile(const void *restrict a, const void *restrict g, void *r
             sums[p] = 0;
         for (long j = first(done); j <= last(done, channels); j++)
             for (long p = 0; p < n; p++)
-                sums[p] += through[j % RING][p];
+                sums[p] += through[j % WINDOW][p];
         for (long p = 0; p < n; p++) {
             long i = at + done * pixels + p;
-            put(grad, i, direct[done % RING][p] - 1.5f * scale * get(a, i, bf16) * sums[p], bf16);
+            put(grad, i, direct[done % WINDOW][p] - 1.5f * scale * get(a, i, bf16) * sums[p], bf16);
         }
     }
 }

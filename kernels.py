@@ -11,7 +11,7 @@
 
 Each is compared with its formula when it is first used, output and gradients, and left out where they differ; masks
 can't be, and torch has its own tests for working in place. Parameters and their names stay, so a checkpoint is the same
-with and without. What a fast version can't take (other devices, dtypes, layouts, windows) goes to a slower one.
+with and without. What a fast version can't take (other devices, dtypes, layouts, wider windows) goes to a slower one.
 
 The Triton kernels have run on an H100, where they agree with the formula to 1e-7 in float32 and 2e-3 in bfloat16.
 """
@@ -23,6 +23,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,7 +42,8 @@ except ImportError:  # torch's builds for a CPU come without
 SOURCE = Path(__file__).with_name("kernels.c")
 # How far a fast version may be from its formula in float32, of the largest number.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-CHANNELS = 1024  # what kernels.c keeps of one pixel lies on the stack of its thread
+# Of at most so many channels, and of windows so wide: what kernels.c works on lies on the stack of its thread.
+CHANNELS, WINDOW = 1024, 15
 # What one Triton program works on, with so many warps: four numbers a thread. With 16 the backward pass takes up to 255
 # registers a thread on an H100 and spills to memory; with four at most 96, so that 20 warps have room side by side.
 TILE_PIXELS, TILE_CHANNELS, WARPS = 16, 32, 4
@@ -58,7 +60,9 @@ def accelerate(net: nn.Module) -> str:
     with hooks, and of classes derived from model.py's and torch's, are left alone. Returns a line that says how LRN and
     the dense layers are computed, and why. The fast versions can be differentiated once, backwards."""
     device = next((p.device for p in net.parameters()), torch.device("cpu")).type
-    layers, versions = list(net.modules()), fast_versions(device)
+    layers = list(net.modules())
+    sizes = frozenset(layer.size for layer in layers if isinstance(layer, LocalResponseNorm))
+    versions = fast_versions(device, sizes)
     for layer in layers:
         if type(layer) in versions and not hooked(layer):
             layer.__class__ = versions[type(layer)]
@@ -67,8 +71,8 @@ def accelerate(net: nn.Module) -> str:
                 if type(act) in (nn.ReLU, nn.ELU):
                     act.inplace = True
     line = []
-    if any(isinstance(layer, LocalResponseNorm) for layer in layers):
-        trouble = trouble_with_lrn(device)
+    if sizes:
+        trouble = trouble_with_lrn(device, sizes)
         line.append(f"LRN in torch's operations ({trouble})" if trouble else f"LRN {FAST_LRN[device].words}")
     if any(isinstance(layer, nn.Linear) for layer in layers):
         trouble = trouble_with_dense(device)
@@ -87,10 +91,10 @@ def multiplies_bf16(device: torch.device) -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
-def fast_versions(device: str) -> dict[type, type]:
-    """The classes that can be swapped for faster ones on a device. LRN's fast ones are among them, for a net that has
-    moved since."""
-    lrn = TorchLRN if trouble_with_lrn(device) else FAST_LRN[device]
+def fast_versions(device: str, sizes: Iterable[int] = ()) -> dict[type, type]:
+    """The classes that can be swapped for faster ones on a device, for a net with LRN's windows of those sizes. LRN's
+    fast ones are among them, for a net that has moved since."""
+    lrn = TorchLRN if trouble_with_lrn(device, sizes) else FAST_LRN[device]
     versions = dict.fromkeys((LocalResponseNorm, TorchLRN, *FAST_LRN.values()), lrn)
     versions |= {FReLU: FastFReLU, SReLU: FastSReLU}
     versions = {plain: fast for plain, fast in versions.items() if not difference(fast)}
@@ -106,11 +110,12 @@ def hooked(layer: nn.Module) -> bool:
 @functools.cache
 @torch.inference_mode(False)
 @torch.enable_grad()
-def difference(fast: type[nn.Module]) -> str:
+def difference(fast: type[nn.Module], **more) -> str:
     """What is wrong with a fast version, for a message: "is wrong" where its output or gradients are off by more than
-    SAME, "fails" and how; "" if nothing is. In each of its dtypes and both layouts, against the formula in float32.
-    Leaves the random generators as they were."""
+    SAME, "fails" and how; "" if nothing is. In each of its dtypes and both layouts, against the formula in float32;
+    `more` are options of the layer. Leaves the random generators as they were."""
     plain, options, shape = EXAMPLES[fast]
+    options = options | more
     layouts = (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]
     device = getattr(fast, "device", "cpu")
 
@@ -271,17 +276,17 @@ class CompiledLRN(TorchLRN):
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)  # copied, or pickled on another machine
-        if trouble_with_lrn(self.device):
+        if trouble_with_lrn(self.device, [self.size]):
             self.__class__ = TorchLRN
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fits(x):
-            return lrn(x, self.columns, self.alpha / self.size, self.k)
+            return lrn(x, self.columns, self.size, self.alpha / self.size, self.k)
         return super().forward(x)
 
     def fits(self, x: Tensor) -> bool:
         """Whether the kernel takes x, by its shape, layout, dtype and device."""
-        if (self.size, self.beta) != (LRN_SIZE, LRN_BETA) or x.ndim != 4 or not 0 < x.numel() < 2**31:
+        if self.size > WINDOW or self.beta != LRN_BETA or x.ndim != 4 or not 0 < x.numel() < 2**31:
             return False
         if x.shape[1] % self.columns or x.shape[1] > CHANNELS or _layout(x) is None:
             return False
@@ -297,13 +302,19 @@ class TritonLRN(CompiledLRN):
 FAST_LRN = {kind.device: kind for kind in (CompiledLRN, TritonLRN)}
 
 
-def trouble_with_lrn(device: str) -> str:
-    """Why there is no kernel for LRN on a device, "cpu" or "cuda"; "" if there is one."""
+def trouble_with_lrn(device: str, sizes: Iterable[int] = ()) -> str:
+    """Why there is no kernel for LRN over so many channels on a device, "cpu" or "cuda"; "" if there is one. Without
+    sizes: over the paper's five."""
     if device not in FAST_LRN:
         return "there is a fast one for CPUs and CUDA only"
-    missing = compiled()[1] if device == "cpu" else "" if triton else "there is no Triton"
-    wrong = "" if missing else difference(FAST_LRN[device])
-    return missing or (wrong and f"the one {FAST_LRN[device].words} {wrong}")
+    for size in sorted(sizes) or [LRN_SIZE]:
+        if size > WINDOW:
+            return f"the fast ones take windows of at most {WINDOW} channels"
+        missing = compiled(size)[1] if device == "cpu" else "" if triton else "there is no Triton"
+        wrong = "" if missing else difference(FAST_LRN[device], size=size)
+        if missing or wrong:
+            return missing or f"the one {FAST_LRN[device].words} {wrong}"
+    return ""
 
 
 class _LRN(torch.autograd.Function):
@@ -369,19 +380,19 @@ def _window_sum(x: Tensor, size: int) -> Tensor:
 
 
 @library.custom_op("alexnet::lrn", mutates_args=())
-def lrn(a: Tensor, columns: int, scale: float, k: float) -> Tensor:
-    """LRN over 5 channels with beta 0.75; scale is alpha / 5. a: (N, C, H, W), dense in one of both layouts."""
+def lrn(a: Tensor, columns: int, size: int, scale: float, k: float) -> Tensor:
+    """LRN over `size` channels with beta 0.75; scale is alpha / size. a: (N, C, H, W), dense in one of both layouts."""
     b = torch.empty_like(a)
-    _run("lrn_forward", (a, b), columns, scale, k)
+    _run("lrn_forward", (a, b), columns, size, scale, k)
     return b
 
 
 @library.custom_op("alexnet::lrn_backward", mutates_args=())
-def lrn_backward(a: Tensor, g: Tensor, columns: int, scale: float, k: float) -> Tensor:
+def lrn_backward(a: Tensor, g: Tensor, columns: int, size: int, scale: float, k: float) -> Tensor:
     """lrn's derivative from the gradient g that arrives at its output."""
     g = g.to(a.dtype).contiguous(memory_format=_layout(a))
     grad = torch.empty_like(a)
-    _run("lrn_backward", (a, g, grad), columns, scale, k)
+    _run("lrn_backward", (a, g, grad), columns, size, scale, k)
     return grad
 
 
@@ -391,11 +402,11 @@ def _keep_lrn(ctx, inputs, output) -> None:
 
 
 def _derive_lrn(ctx, g):
-    return lrn_backward(*ctx.saved_tensors, g, *ctx.options), None, None, None
+    return lrn_backward(*ctx.saved_tensors, g, *ctx.options), None, None, None, None
 
 
-lrn.register_fake(lambda a, columns, scale, k: torch.empty_like(a))
-lrn_backward.register_fake(lambda a, g, columns, scale, k: torch.empty_like(a))
+lrn.register_fake(lambda a, columns, size, scale, k: torch.empty_like(a))
+lrn_backward.register_fake(lambda a, g, columns, size, scale, k: torch.empty_like(a))
 lrn.register_autograd(_derive_lrn, setup_context=_keep_lrn)
 
 
@@ -407,19 +418,19 @@ def _layout(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _run(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: float) -> None:
+def _run(name: str, tensors: tuple[Tensor, ...], columns: int, size: int, scale: float, k: float) -> None:
     """Call lrn_forward(a, b) or lrn_backward(a, g, grad): tensors of one shape and layout, the last one is written."""
     layout = _layout(tensors[0])
     if layout is None:
         raise ValueError("lrn takes tensors without gaps, contiguous or channels_last")
     if tensors[0].is_cuda:
-        return launch(name, tensors, columns, scale, k)
+        return launch(name, tensors, columns, size, scale, k)
     n, channels, height, width = tensors[0].shape
     if layout == torch.channels_last:
         rows, pixels = n * height * width * columns, 1
     else:
         rows, pixels = n * columns, height * width
-    getattr(compiled()[0], name)(
+    getattr(compiled(size)[0], name)(
         *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
         *(ctypes.c_long(number) for number in (rows, channels // columns, pixels)),
         ctypes.c_float(scale), ctypes.c_float(k), torch.get_num_threads(), tensors[0].dtype == torch.bfloat16,
@@ -427,13 +438,14 @@ def _run(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: 
 
 
 @functools.cache
-def compiled() -> tuple[ctypes.CDLL | None, str]:
-    """kernels.c, compiled for this processor and loaded, and ""; or None and why there is none."""
+def compiled(size: int) -> tuple[ctypes.CDLL | None, str]:
+    """kernels.c, compiled for this processor and sums over `size` channels, and loaded, and ""; or None and why there
+    is none."""
     compiler = os.environ.get("CC") or "cc"
     if not shutil.which(compiler.split()[0]):
         return None, f"there is no C compiler {compiler}"
     # The OpenMP that -fopenmp names is the one that torch has loaded already: one set of threads for both.
-    flags = ["-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+    flags = [f"-DAROUND={size // 2}", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
     # gcc's, which compile in 0.4 seconds what -O3 takes 1.1 for, to the same speed; and for compilers without them
     for optimise in (["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"], ["-O3"]):
         with suppress(OSError, subprocess.SubprocessError, AttributeError), tempfile.TemporaryDirectory() as folder:
@@ -449,7 +461,7 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
 # ---------------------------------------------------------------------------------------------- LRN on a GPU
 
 
-def launch(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k: float) -> None:
+def launch(name: str, tensors: tuple[Tensor, ...], columns: int, size: int, scale: float, k: float) -> None:
     """Start the Triton kernel of that name: a program for each TILE_PIXELS x TILE_CHANNELS of a picture. Pictures are
     counted along the grid's first axis, which has room for 2**31; the others take 65,535."""
     a = tensors[0]
@@ -460,12 +472,13 @@ def launch(name: str, tensors: tuple[Tensor, ...], columns: int, scale: float, k
     with torch.cuda.device_of(a):  # Triton starts on the current device, wherever the tensors are
         (_forward_kernel if name == "lrn_forward" else _backward_kernel)[grid](
             *tensors, pixels, channels, channels // columns, channels if last else 1, 1 if last else pixels, scale, k,
-            TILE_PIXELS, TILE_CHANNELS, num_warps=WARPS,
+            TILE_PIXELS, TILE_CHANNELS, size // 2, num_warps=WARPS,
         )
 
 
 if triton:
-    # In all of them: p are pixels (P, 1), c channels (1, C), of which those of one column are normalised together.
+    # In all of them: p are pixels (P, 1), c channels (1, C), of which those of one column are normalised together;
+    # AROUND are the channels of a window on either side.
 
     @triton.jit
     def _near(x, at, p, c, shift, pixels, channels, column, channel_stride):
@@ -475,36 +488,38 @@ if triton:
         return tl.load(x + at + shift * channel_stride, mask=inside, other=0).to(tl.float32)
 
     @triton.jit
-    def _root(a, at, p, c, shift, pixels, channels, column, channel_stride, scale, k):
+    def _root(a, at, p, c, shift, pixels, channels, column, channel_stride, scale, k, AROUND: tl.constexpr):
         """d ** -0.5, `shift` channels further on, of the column of c."""
         total = tl.zeros_like(at).to(tl.float32)
-        for step in tl.static_range(-2, 3):
+        for step in tl.static_range(-AROUND, AROUND + 1):
             near = _near(a, at, p, c, shift + step, pixels, channels, column, channel_stride)
             total += near * near
         return tl.rsqrt(k + scale * total)
 
     @triton.jit
     def _forward_kernel(
-        a, b, pixels, channels, column, pixel_stride, channel_stride, scale, k, P: tl.constexpr, C: tl.constexpr
+        a, b, pixels, channels, column, pixel_stride, channel_stride, scale, k, P: tl.constexpr, C: tl.constexpr,
+        AROUND: tl.constexpr,
     ):
         p = tl.program_id(1) * P + tl.arange(0, P)[:, None]
         c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
         at = tl.program_id(0) * pixels * channels + p * pixel_stride + c * channel_stride
-        root = _root(a, at, p, c, 0, pixels, channels, column, channel_stride, scale, k)
+        root = _root(a, at, p, c, 0, pixels, channels, column, channel_stride, scale, k, AROUND)
         value = _near(a, at, p, c, 0, pixels, channels, column, channel_stride) * root * tl.sqrt(root)
         tl.store(b + at, value.to(b.dtype.element_ty), mask=(p < pixels) & (c < channels))
 
     @triton.jit
     def _backward_kernel(
-        a, g, grad, pixels, channels, column, pixel_stride, channel_stride, scale, k, P: tl.constexpr, C: tl.constexpr
+        a, g, grad, pixels, channels, column, pixel_stride, channel_stride, scale, k, P: tl.constexpr, C: tl.constexpr,
+        AROUND: tl.constexpr,
     ):
         p = tl.program_id(1) * P + tl.arange(0, P)[:, None]
         c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
         at = tl.program_id(0) * pixels * channels + p * pixel_stride + c * channel_stride
         direct = tl.zeros_like(at).to(tl.float32)
         through = tl.zeros_like(at).to(tl.float32)
-        for shift in tl.static_range(-2, 3):
-            root = _root(a, at, p, c, shift, pixels, channels, column, channel_stride, scale, k)
+        for shift in tl.static_range(-AROUND, AROUND + 1):
+            root = _root(a, at, p, c, shift, pixels, channels, column, channel_stride, scale, k, AROUND)
             scaled = _near(g, at, p, c, shift, pixels, channels, column, channel_stride) * root * tl.sqrt(root)
             through += scaled * _near(a, at, p, c, shift, pixels, channels, column, channel_stride) * root * root
             if shift == 0:

@@ -52,13 +52,16 @@ def numbers_like(shape, layout=torch.contiguous_format, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("shape", "columns"), SHAPES, ids=str)
-def test_lrn_equals_the_formula_in_float64(shape, columns, layout, dtype):
+@pytest.mark.parametrize(("shape", "columns", "size"), [
+    *[(*one, 5) for one in SHAPES],
+    *[(*one, size) for one in (SHAPES[1], SHAPES[3], SHAPES[7]) for size in (1, 3, 9, kernels.WINDOW)],
+], ids=str)
+def test_lrn_equals_the_formula_in_float64(shape, columns, size, layout, dtype):
     """Forward and gradient, shapes that are not round, windows cut off at columns; alpha so large that it matters.
     bfloat16 is rounded once, at the end, to eight bits: 1/256 of the number itself."""
     torch.manual_seed(0)
     x, g = (numbers_like(shape, LAYOUTS[layout], dtype) for _ in range(2))
-    options = {"columns": columns, "alpha": 1.0, "k": 1.5}
+    options = {"columns": columns, "size": size, "alpha": 1.0, "k": 1.5}
     x.requires_grad_()
     fast = CompiledLRN(**options)
     assert fast.fits(x)
@@ -126,9 +129,9 @@ def test_what_kernels_c_cannot_do_goes_to_torchs_operations(odd):
     torch.testing.assert_close(fast(ODD[odd]), LocalResponseNorm(columns=2)(ODD[odd]))
 
 
-def test_other_windows_and_powers_go_to_torchs_operations():
+def test_wider_windows_and_other_powers_go_to_torchs_operations():
     x = numbers_like((1, 8, 3, 3))
-    for options in ({"size": 3}, {"beta": 0.5}):
+    for options in ({"size": kernels.WINDOW + 2}, {"beta": 0.5}):
         fast = CompiledLRN(**options)
         assert not fast.fits(x)
         assert torch.equal(fast(x), TorchLRN(**options)(x))
@@ -309,13 +312,13 @@ def test_lrn_in_torchs_operations_under_torch_compile(columns, lrn):
 def test_the_operators_are_what_torch_expects():
     """torch's own check of custom operators: schema, autograd, what they say of shapes."""
     x = numbers_like((2, 8, 3, 3), torch.channels_last).requires_grad_()
-    library.opcheck(kernels.lrn, (x, 2, 0.2, 2.0))
+    library.opcheck(kernels.lrn, (x, 2, 5, 0.2, 2.0))
     dense = [torch.randn(shape, requires_grad=True) for shape in ((3, 5), (4, 5), (4,))]
     library.opcheck(kernels.dense, tuple(dense))
     turned = torch.randn(5, 3).t().requires_grad_(), dense[1].detach().t().contiguous().t().requires_grad_(), dense[2]
     library.opcheck(kernels.dense, turned)
     with pytest.raises(ValueError, match="without gaps"):
-        kernels.lrn(numbers_like((1, 8, 6, 6))[:, :, ::2, ::2], 1, 0.2, 2.0)
+        kernels.lrn(numbers_like((1, 8, 6, 6))[:, :, ::2, ::2], 1, 5, 0.2, 2.0)
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [
@@ -337,20 +340,25 @@ def test_a_compiler_that_lacks_gccs_options_builds_the_kernels_too(fresh, tmp_pa
     compiler.write_text('#!/bin/sh\ncase "$*" in *cost-model*) exit 1;; esac\nexec cc "$@"\n')
     compiler.chmod(0o755)
     fresh.setenv("CC", str(compiler))
-    assert kernels.compiled()[0] is not None
+    assert kernels.compiled(5)[0] is not None
 
 
 def test_it_says_what_it_chose():
     assert accelerate(AlexNet(4, image_size=64)) == "LRN compiled from kernels.c, dense layers by oneDNN in fp32"
     assert accelerate(AlexNet(4, image_size=64, lrn=False)) == "dense layers by oneDNN in fp32"
     assert accelerate(nn.Sequential(nn.ReLU())) == "nothing to accelerate"
+    for size, kind in ((9, CompiledLRN), (17, TorchLRN)):
+        net = nn.Sequential(LocalResponseNorm(), LocalResponseNorm(size=size))
+        line = accelerate(net)
+        assert [type(layer) for layer in net] == [kind, kind]  # one word for all of a net
+    assert line == "LRN in torch's operations (the fast ones take windows of at most 15 channels)"
     line = accelerate(AlexNet(4, image_size=64).to("meta"))
     assert line.startswith("LRN in torch's operations (there is a fast one for CPUs")
     assert kernels.trouble_with_dense("cuda") == "there is another product for CPUs only"
 
 
 def test_a_triton_lrn_that_does_not_agree_is_not_used(fresh):
-    fresh.setattr(kernels, "difference", lambda fast: "is wrong in bfloat16")
+    fresh.setattr(kernels, "difference", lambda *_, **more: "is wrong in bfloat16")
     fresh.setattr(kernels, "triton", kernels.triton or "there")
     assert kernels.trouble_with_lrn("cuda") == "the one in Triton is wrong in bfloat16"
     assert kernels.fast_versions("cuda") == {model.Dropout: FastDropout}
@@ -366,7 +374,7 @@ def test_kernels_on_is_refused_where_there_are_none(store, tmp_path, fresh):
 
 def test_a_library_that_computes_something_else_is_not_used(fresh, tmp_path):
     source = kernels.SOURCE.read_text()
-    for right, wrong in (("1.5f", "1.4f"), ("s[3] + s[4])", "s[3])")):
+    for right, wrong in (("1.5f", "1.4f"), ("int j = 1", "int j = 2")):
         assert right in source
         (tmp_path / "kernels.c").write_text(source.replace(right, wrong))
         fresh.setattr(kernels, "SOURCE", tmp_path / "kernels.c")
@@ -451,11 +459,12 @@ def test_the_first_use_may_be_in_inference_mode(fresh):
     assert kernels.trouble_with_lrn("cpu") == kernels.trouble_with_dense("cpu") == ""
 
 
+@pytest.mark.parametrize("size", [5, kernels.WINDOW])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_lrn_needs_little_stack(layout):
+def test_lrn_needs_little_stack(layout, size):
     """Threads with 256 KB of it, the least that some systems give: AlexNet's 256 channels."""
     x, g = (numbers_like((2, 256, 20, 20), LAYOUTS[layout]) for _ in range(2))
-    fast, grads = CompiledLRN(), []
+    fast, grads = CompiledLRN(size=size), []
     x.requires_grad_()
     before = threading.stack_size(262144)
     thread = threading.Thread(target=lambda: grads.append(torch.autograd.grad(fast(x), x, g)[0]))
@@ -492,7 +501,7 @@ def test_the_triton_kernels_compile_for_an_h100(name, dtype, one, tmp_path):
 
     kernel = getattr(kernels, name)
     tensors = ("a", "b", "g", "grad")
-    constants = {"P": kernels.TILE_PIXELS, "C": kernels.TILE_CHANNELS, one: 1}
+    constants = {"P": kernels.TILE_PIXELS, "C": kernels.TILE_CHANNELS, "AROUND": 2, one: 1}
     kinds = {n: "*" + dtype if n in tensors else "fp32" if n in ("scale", "k") else "i32" for n in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
     warps = kernels.WARPS
@@ -511,12 +520,13 @@ def test_the_triton_kernels_compile_for_an_h100(name, dtype, one, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_lrn_on_a_gpu():
     close = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-    for (shape, columns), layout, dtype in itertools.product(SHAPES, LAYOUTS.values(), close):
+    sizes = (5, 9)
+    for (shape, columns), size, layout, dtype in itertools.product(SHAPES, sizes, LAYOUTS.values(), close):
         x, g = (numbers_like(shape, layout, dtype).cuda() for _ in range(2))
-        fast = TritonLRN(columns, alpha=1.0)
+        fast = TritonLRN(columns, size, alpha=1.0)
         assert fast.fits(x.requires_grad_())
         exact = x.detach().double().requires_grad_()
-        got, expected = fast(x), LocalResponseNorm(columns, alpha=1.0)(exact)
+        got, expected = fast(x), LocalResponseNorm(columns, size, alpha=1.0)(exact)
         pairs = [(got, expected)]
         pairs.append((torch.autograd.grad(got, x, g)[0], torch.autograd.grad(expected, exact, g.double())[0]))
         for one, right in pairs:

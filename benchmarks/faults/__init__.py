@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import kernels
+import model
 import train
 from data import pack
 from data.sources import Source, Split
@@ -121,7 +122,7 @@ def prepare() -> None:
     """Do what each command would do anew: imports that take seconds, and the compiler's work."""
     for name in ("torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure", "cv2", "lmdb", "simplejpeg"):
         importlib.import_module(name)
-    kernels.compiled()
+    kernels.compiled(model.LRN_SIZE)
 
 
 def run(main, argv, folder: Path, **more) -> Ended:
