@@ -1,5 +1,5 @@
 /* LRN for a CPU, forward and backward, each one pass over memory: see kernels.py. Beta 0.75; float32, or bfloat16 with
-   every sum and root in float32.
+   every sum and root in float32. The size of the window is fixed by the compiler.
 
    The tensor is (rows, channels, pixels): pixels == 1 is channels_last, where a row is one pixel of one column;
    otherwise a row is one column of one picture. Rows are shared out among OpenMP threads.
@@ -96,9 +96,8 @@ TWICE void backward_row(const void *restrict a, const void *restrict g, void *re
         direct[c] = get(g, c, bf16) * root * sqrtf(root);
         through[c + AROUND] = direct[c] * get(a, c, bf16) * root * root;
     }
-    for (long c = 0; c < channels; c++) {
+    for (long c = 0; c < channels; c++)
         put(grad, c, direct[c] - 1.5f * scale * get(a, c, bf16) * window_sum(through + c), bf16);
-    }
 }
 
 /* --------------------------------------------------------------------------- pixels side by side */

@@ -1,8 +1,9 @@
 """Faster versions of model.py's formulas, and accelerate(net), which swaps them in:
 
-    LRN             on a CPU kernels.c, compiled when it is first needed (about a second), for float32 and bfloat16; on
-                    a GPU Triton, for these and float16; otherwise torch's operations, with the derivative written out
-                    and, on a CPU, in pieces that stay in the cache
+    LRN             on a CPU kernels.c, compiled when it is first needed (half a second for each size of window), for
+                    float32 and bfloat16; on a GPU Triton, for these and float16; for windows wider than 15 channels,
+                    powers other than 0.75 and elsewhere torch's operations, with the derivative written out and, on a
+                    CPU, in pieces that stay in the cache
     dense layers    on a CPU oneDNN's product instead of MKL's, which leaves half of an AMD processor with AVX-512
                     unused (without it both are as fast); float32
     dropout         on a CPU masks of random bits, in a twentieth of bernoulli_'s time
@@ -13,7 +14,8 @@ Each is compared with its formula when it is first used, output and gradients, a
 can't be, and torch has its own tests for working in place. Parameters and their names stay, so a checkpoint is the same
 with and without. What a fast version can't take (other devices, dtypes, layouts, wider windows) goes to a slower one.
 
-The Triton kernels have run on an H100, where they agree with the formula to 1e-7 in float32 and 2e-3 in bfloat16.
+The Triton kernels have run on an H100 with windows of 5, where they agree with the formula to 1e-7 in float32 and 2e-3
+in bfloat16; with others in Triton's interpreter alone.
 """
 
 import ctypes
@@ -42,10 +44,11 @@ except ImportError:  # torch's builds for a CPU come without
 SOURCE = Path(__file__).with_name("kernels.c")
 # How far a fast version may be from its formula in float32, of the largest number.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-# Of at most so many channels, and of windows so wide: what kernels.c works on lies on the stack of its thread.
-CHANNELS, WINDOW = 1024, 15
+# The most channels and the widest window that kernels.c takes: what it works on lies on the stack of its thread.
+CHANNELS, WIDEST = 1024, 15
 # What one Triton program works on, with so many warps: four numbers a thread. With 16 the backward pass takes up to 255
-# registers a thread on an H100 and spills to memory; with four at most 96, so that 20 warps have room side by side.
+# registers a thread on an H100 and spills to memory; with four at most 96, so that 20 warps have room side by side (for
+# windows of 5; of 9 up to 146, of 15 up to 233, without spilling).
 TILE_PIXELS, TILE_CHANNELS, WARPS = 16, 32, 4
 
 # LRN in torch's operations takes this many numbers at a time on a CPU. Its temporary tensors have to be smaller than
@@ -61,7 +64,7 @@ def accelerate(net: nn.Module) -> str:
     the dense layers are computed, and why. The fast versions can be differentiated once, backwards."""
     device = next((p.device for p in net.parameters()), torch.device("cpu")).type
     layers = list(net.modules())
-    sizes = frozenset(layer.size for layer in layers if isinstance(layer, LocalResponseNorm))
+    sizes = {layer.size for layer in layers if type(layer) in LRNS and not hooked(layer)}
     versions = fast_versions(device, sizes)
     for layer in layers:
         if type(layer) in versions and not hooked(layer):
@@ -71,7 +74,7 @@ def accelerate(net: nn.Module) -> str:
                 if type(act) in (nn.ReLU, nn.ELU):
                     act.inplace = True
     line = []
-    if sizes:
+    if any(isinstance(layer, LocalResponseNorm) for layer in layers):
         trouble = trouble_with_lrn(device, sizes)
         line.append(f"LRN in torch's operations ({trouble})" if trouble else f"LRN {FAST_LRN[device].words}")
     if any(isinstance(layer, nn.Linear) for layer in layers):
@@ -95,9 +98,8 @@ def fast_versions(device: str, sizes: Iterable[int] = ()) -> dict[type, type]:
     """The classes that can be swapped for faster ones on a device, for a net with LRN's windows of those sizes. LRN's
     fast ones are among them, for a net that has moved since."""
     lrn = TorchLRN if trouble_with_lrn(device, sizes) else FAST_LRN[device]
-    versions = dict.fromkeys((LocalResponseNorm, TorchLRN, *FAST_LRN.values()), lrn)
-    versions |= {FReLU: FastFReLU, SReLU: FastSReLU}
-    versions = {plain: fast for plain, fast in versions.items() if not difference(fast)}
+    versions, checked = dict.fromkeys(LRNS, lrn) | {FReLU: FastFReLU, SReLU: FastSReLU}, FAST_LRN.values()
+    versions = {plain: fast for plain, fast in versions.items() if fast in checked or not difference(fast)}
     return versions | {Dropout: FastDropout} | ({} if trouble_with_dense(device) else {nn.Linear: FastLinear})
 
 
@@ -286,7 +288,7 @@ class CompiledLRN(TorchLRN):
 
     def fits(self, x: Tensor) -> bool:
         """Whether the kernel takes x, by its shape, layout, dtype and device."""
-        if self.size > WINDOW or self.beta != LRN_BETA or x.ndim != 4 or not 0 < x.numel() < 2**31:
+        if self.size > WIDEST or self.beta != LRN_BETA or x.ndim != 4 or not 0 < x.numel() < 2**31:
             return False
         if x.shape[1] % self.columns or x.shape[1] > CHANNELS or _layout(x) is None:
             return False
@@ -300,6 +302,7 @@ class TritonLRN(CompiledLRN):
 
 
 FAST_LRN = {kind.device: kind for kind in (CompiledLRN, TritonLRN)}
+LRNS = (LocalResponseNorm, TorchLRN, *FAST_LRN.values())  # whose places a faster one can take
 
 
 def trouble_with_lrn(device: str, sizes: Iterable[int] = ()) -> str:
@@ -307,9 +310,10 @@ def trouble_with_lrn(device: str, sizes: Iterable[int] = ()) -> str:
     sizes: over the paper's five."""
     if device not in FAST_LRN:
         return "there is a fast one for CPUs and CUDA only"
-    for size in sorted(sizes) or [LRN_SIZE]:
-        if size > WINDOW:
-            return f"the fast ones take windows of at most {WINDOW} channels"
+    sizes = sorted(sizes) or [LRN_SIZE]
+    if sizes[-1] > WIDEST:
+        return f"the fast ones take windows of at most {WIDEST} channels"
+    for size in sizes:
         missing = compiled(size)[1] if device == "cpu" else "" if triton else "there is no Triton"
         wrong = "" if missing else difference(FAST_LRN[device], size=size)
         if missing or wrong:
@@ -430,7 +434,10 @@ def _run(name: str, tensors: tuple[Tensor, ...], columns: int, size: int, scale:
         rows, pixels = n * height * width * columns, 1
     else:
         rows, pixels = n * columns, height * width
-    getattr(compiled(size)[0], name)(
+    library, trouble = compiled(size)
+    if library is None:  # a layer's size was changed after accelerate()
+        raise RuntimeError(f"LRN over {size} channels: {trouble}")
+    getattr(library, name)(
         *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
         *(ctypes.c_long(number) for number in (rows, channels // columns, pixels)),
         ctypes.c_float(scale), ctypes.c_float(k), torch.get_num_threads(), tensors[0].dtype == torch.bfloat16,

@@ -1,6 +1,7 @@
 """How fast is LRN, forward + backward? In turns in one run:
 
-    python -m benchmarks.lrn [--batch 64] [--dtype float32|bfloat16|float16] [--repeats 9] [--device auto] [--json]
+    python -m benchmarks.lrn [--batch 64] [--dtype float32|bfloat16|float16] [--size 5] [--repeats 9] [--device auto]
+                             [--json]
 
 kernels.py's LRN, in C or Triton and in torch's operations, and model.py's formula, against torch's own function, eager
 and under torch.compile; in bfloat16 and float16 torch's under autocast, as nets call it. The input is what LRN 1 sees
@@ -9,6 +10,7 @@ limit is five tensors (forward one read, one written, backward two read, one wri
 with memory kept (memory.keep), as train.py does.
 """
 
+import functools
 import json
 
 import torch
@@ -28,31 +30,32 @@ TORCHS = "F.local_response_norm"
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = utils.pick_device(args.device)
-    result = {"shape": [args.batch, 96, 55, 55], "dtype": args.dtype, **machine(device), "layouts": {}}
+    shape = [args.batch, 96, 55, 55]
+    result = {"shape": shape, "dtype": args.dtype, "size": args.size, **machine(device), "layouts": {}}
     x = activations(args.batch).to(device, getattr(torch, args.dtype))
     for name, layout in LAYOUTS.items():
         inputs = x.to(memory_format=layout, copy=True).requires_grad_()
-        result["layouts"][name] = race(contenders(inputs), inputs, args.repeats)
+        result["layouts"][name] = race(contenders(inputs, args.size), inputs, args.repeats)
     result["copy_rate"] = copy_rate(device)
     result["bytes"] = 5 * x.numel() * x.element_size()
     print(json.dumps(result) if args.json else report(result))
     return 0
 
 
-def torch_lrn(x):
+def torch_lrn(x, size: int):
     """Alone it takes no bfloat16 on a CPU: under autocast its pooling is done in float32."""
     with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
-        return F.local_response_norm(x, LRN_SIZE, alpha=LRN_ALPHA, beta=LRN_BETA, k=LRN_K)
+        return F.local_response_norm(x, size, alpha=LRN_ALPHA, beta=LRN_BETA, k=LRN_K)
 
 
-def contenders(inputs: torch.Tensor) -> dict:
+def contenders(inputs: torch.Tensor, size: int) -> dict:
     """Functions of the input by name; None where one can't run here."""
-    device = inputs.device.type
-    fast = None if trouble_with_lrn(device) else FAST_LRN[device]()
+    device, torchs = inputs.device.type, functools.partial(torch_lrn, size=size)
+    fast = None if trouble_with_lrn(device, [size]) else FAST_LRN[device](size=size)
     kernel = "kernels.py, Triton" if inputs.is_cuda else "kernels.py, C"
     return {
-        TORCHS: torch_lrn, f"{TORCHS}, torch.compile": torch.compile(torch_lrn),
-        "model.LocalResponseNorm": LocalResponseNorm(), "kernels.py, torch": TorchLRN(),
+        TORCHS: torchs, f"{TORCHS}, torch.compile": torch.compile(torchs),
+        "model.LocalResponseNorm": LocalResponseNorm(size=size), "kernels.py, torch": TorchLRN(size=size),
         kernel: fast if fast and fast.fits(inputs) else None,
     }
 
@@ -70,7 +73,7 @@ def race(functions: dict, inputs: torch.Tensor, repeats: int) -> dict:
     grad, calls, found = torch.randn_like(inputs), {}, {}
     for name, function in functions.items():
         if function is None:
-            found[name] = {"skipped": "not for this machine and dtype"}
+            found[name] = {"skipped": "not for this machine, dtype and size"}
             continue
 
         def call(function=function):
@@ -88,7 +91,8 @@ def race(functions: dict, inputs: torch.Tensor, repeats: int) -> dict:
 
 def report(result: dict) -> str:
     limit = 1000 * result["bytes"] / result["copy_rate"]
-    lines = [f"LRN forward + backward, {tuple(result['shape'])} {result['dtype']}, {result['device']}, "
+    lines = [f"LRN over {result['size']} channels, forward + backward, {tuple(result['shape'])} {result['dtype']}, "
+             f"{result['device']}, "
              f"{result['threads']} threads, torch {result['torch']}, load {result['load']:.2f}"]
     for layout, found in result["layouts"].items():
         for name, entry in found.items():
@@ -114,6 +118,8 @@ def make_parser() -> Parser:
     parser.add_argument("--batch", type=whole(2), default=64, help="pictures (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="default: %(default)s")
+    parser.add_argument("--size", type=int, choices=range(1, 20, 2), default=LRN_SIZE, help="channels of a window "
+                        "(default: %(default)s, as in the paper)")
     add_options(parser)
     return parser
 

@@ -167,8 +167,11 @@ def test_lrn(capsys):
         assert all(found[name]["median_ms"] > 0 for name in ("F.local_response_norm", "model.LocalResponseNorm"))
         assert "kernels.py, C" in found
     assert result["bytes"] == 5 * 4 * 2 * 96 * 55 * 55
-    lrn.main(["--batch", "2", "--repeats", "3", "--device", "cpu", "--dtype", "float16"])
-    assert "kernels.py, C                                -  skipped: not for this machine" in capsys.readouterr().out
+    for other in (["--dtype", "float16"], ["--size", "17"]):
+        lrn.main(["--batch", "2", "--repeats", "3", "--device", "cpu", *other])
+        printed = capsys.readouterr().out
+        assert "kernels.py, C                                -  skipped: not for this machine" in printed
+    assert printed.startswith("LRN over 17 channels, forward")
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
