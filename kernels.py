@@ -11,8 +11,9 @@
     ReLU, ELU       in place, in an AlexNet: no other layer of it needs what they overwrite
 
 Each is compared with its formula when it is first used, output and gradients, and left out where they differ; masks
-can't be, and torch has its own tests for working in place. Parameters and their names stay, so a checkpoint is the same
-with and without. What a fast version can't take (other devices, dtypes, layouts, wider windows) goes to a slower one.
+can't be, and torch has its own tests for working in place. Parameters and their names stay, so a net has the same
+checkpoints with and without. What a fast version can't take (other devices, dtypes, layouts, wider windows) goes to a
+slower one.
 
 The Triton kernels have run on an H100 with windows of 5, where they agree with the formula to 1e-7 in float32 and 2e-3
 in bfloat16; with others in Triton's interpreter alone.

@@ -210,8 +210,9 @@ def _add_net(group) -> None:
 
 def _add_training(group) -> None:
     group.add_argument("--recipe", choices=RECIPES, default=RECIPES[0],
-                       help="2012: standard deviation 0.03 in conv3-5, biases at twice the learning rate, no weight "
-                       "decay; paper: 0.01, one learning rate, weight decay on all (default: %(default)s)")
+                       help="2012: standard deviation 0.03 in conv3-5, biases at twice the learning rate and "
+                       "without weight decay; paper: 0.01, one learning rate, weight decay on all (default: "
+                       "%(default)s)")
     group.add_argument("--init", metavar="CHECKPOINT",
                        help="start from these weights, with the net's options; the last layer starts afresh where the "
                        "classes are others")

@@ -1,8 +1,8 @@
 """Pictures as people have them, with all their peculiarities, become uint8 squares.
 
 `to_square`, that is `pixels` and then `square`, is the one way into a store and into a net. JPEG files are decoded by
-simplejpeg, to the same pixels as Pillow's and faster (results/SPEED.md has the comparison); other formats, and JPEGs
-that are CMYK, turned or faulty, by Pillow.
+simplejpeg, to the same pixels as Pillow's and faster (results/SPEED.md has the comparison); other formats, JPEGs that
+are CMYK, turned or faulty, and all of a grey store, by Pillow.
 """
 
 import errno
