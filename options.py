@@ -11,7 +11,7 @@ import torch
 
 import checkpoints
 from checkpoints import LAYERS
-from checkpoints.run import LAST, PREVIOUS, read_config
+from checkpoints.run import LAST, PREVIOUS, read_config, refuse_taken
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
@@ -26,7 +26,6 @@ DEFAULTS = {"epochs": 90, "batch_size": 128, "patience": 5, "lr": 0.01}  # but f
 SAMPLE_DEFAULTS = {"epochs": 12, "batch_size": 32, "patience": 2}  # 6,000 images: minutes on two CPU cores
 INIT_DEFAULTS = {"epochs": 30, "lr": 0.001}  # weights that have learnt already move a tenth as fast
 FEW, FEW_BATCH = 2560, 32  # fewer training pictures than 20 batches of 128
-RUN_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt")
 # With --resume.
 CHANGEABLE = {
     "epochs", "max_steps", "workers", "device", "download", "checkpoint_minutes", "skip_bad_records", "out", "resume",
@@ -84,15 +83,6 @@ def resumed(args: Namespace, given: dict) -> Namespace:
                             "the option out, or start a new run")
     changed = {name: value for name, value in given.items() if name in CHANGEABLE}
     return Namespace(**{**vars(args), **stored, **changed, "out": folder, "resume": True})
-
-
-def refuse_taken(out: Path) -> None:
-    held = [name for name in RUN_FILES if (out / name).exists()]
-    if held == ["config.json"]:
-        raise UserError(f"{out} holds nothing but a config.json, perhaps of a run that was killed at its very start; "
-                        "remove that, or choose another --out")
-    if held:
-        raise UserError(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
 
 
 def refuse_changed(stored: dict, folder: Path) -> None:

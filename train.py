@@ -257,7 +257,6 @@ def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
         set_rate(run.optimizer, schedule.lr)
         state.epoch, state.step_in_epoch, state.loss_sum, state.wrong = state.epoch + 1, 0, 0.0, 0.0
     entry |= watch.times()
-    watch.say(summary(run, entry))
     if found := entry.get("replaced_records"):
         watch.warn_once(f"{len(found)} replaced", f"damaged records, replaced by others: {', '.join(found)}")
     if watch.rank == 0:
@@ -268,6 +267,7 @@ def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
             save_best(run)
         save_last(run)
         plot_curves(read_log(args.out / "log.jsonl"), args.out / "curves.png")
+    watch.say(summary(run, entry))
 
 
 class Watch:
@@ -289,17 +289,25 @@ class Watch:
             signal.signal(number, handler)
 
     def _note(self, number, _frame) -> None:
-        if self.received:
+        if self.received not in (0, signal.SIGPIPE):
             os._exit(128 + number)
         self.received = number
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            print(text, flush=True)
+            self._print(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         if self.rank == 0 and text:
-            print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+            self._print(f"warning: {printable(text)}", sys.stderr)
+
+    def _print(self, text: str, stream) -> None:
+        """Where nobody reads any more (Ctrl-C ends a `| tee`, too), the run stops as after a signal."""
+        try:
+            print(text, file=stream, flush=True)
+        except BrokenPipeError:
+            self.received = self.received or signal.SIGPIPE
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it still holds, and what follows
 
     def warn_once(self, about: str, text: str) -> None:
         if about not in self.warned:

@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main) -> None:
     """Run main(argv) as a script: a UserError becomes one line on stderr and exit status 2."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # >&-
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         if "" in sys.argv:
@@ -128,7 +129,8 @@ class Progress:
             rate = (self.done - self.start) / (self.shown - self.begun)
             left = duration((self.total - self.done) / rate) if rate else "?"
             text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, {left} left"
-            print(text + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
+            with suppress(BrokenPipeError):  # nobody reads any more; train.py's Watch looks after that
+                print(text + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
 
     def __enter__(self):
         return self

@@ -28,6 +28,7 @@ from utils import UserError, one_line, replacing, write_text
 ROOT = checkpoints.FOLDER.parent
 WORKERS_END = 60  # seconds that the readers of a killed process may take to notice
 KERNELS, LAST, PREVIOUS = "conv1.npy", "last.pt", "previous.pt"
+RUN_FILES = ("config.json", "log.jsonl", LAST, PREVIOUS, "best.pt")
 LOGGED = ("epoch", "step", "lr", "train_loss", "train_top1_error", "val_loss", "val_top1_error")  # what is drawn
 
 
@@ -74,6 +75,15 @@ def claim_folder(name: str) -> Path:
             return folder
 
 
+def refuse_taken(out: Path) -> None:
+    held = [name for name in RUN_FILES if (out / name).exists()]
+    if held == ["config.json"]:
+        raise UserError(f"{out} holds nothing but a config.json, perhaps of a run that was killed at its very start; "
+                        "remove that, or choose another --out")
+    if held:
+        raise UserError(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
+
+
 class Busy(UserError):
     """Another process has the folder."""
 
@@ -112,6 +122,8 @@ def run_folder(run: Training, device: torch.device, rank: int, world: int):
         out = run.args.out = claim_folder(run.store.name)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, WORKERS_END if processes.interrupted_run() else 0):
+        if not run.args.resume:
+            refuse_taken(out)  # another run may have begun, and ended, while this one packed its pictures
         try:
             if run.args.resume:
                 warning = reopen(run)

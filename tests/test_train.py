@@ -179,6 +179,38 @@ def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status)
     assert numbers(tmp_path / "run") == numbers(two_epochs)
 
 
+def test_a_run_whose_output_nobody_reads_stops_in_good_order(store, tmp_path):
+    """Ctrl-C ends `| tee`, too, often before the epoch's line is printed."""
+    process = streaming(store, tmp_path / "run")
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+    state = load(tmp_path / "run" / "last.pt")
+    entries = runs.read_log(tmp_path / "run" / "log.jsonl")
+    assert len(entries) >= 2  # the line that could not be printed
+    assert state["step"] >= entries[-1]["step"]
+    assert resume(tmp_path / "run", "--max-steps", state["step"] + 1) == 0
+
+
+def test_what_another_run_left_meanwhile_is_not_written_over(store, tmp_path, monkeypatch):
+    """As long as this one packs its pictures, its --out is not locked."""
+    opened = train.open_store
+
+    def slow(args, watch):
+        monkeypatch.setattr(train, "open_store", opened)
+        assert run(store, tmp_path / "run", "--max-steps", 1) == 0
+        return opened(args, watch)
+
+    monkeypatch.setattr(train, "open_store", slow)
+    with pytest.raises(UserError, match="holds a run; --resume goes on with it"):
+        run(store, tmp_path / "run", "--max-steps", 2)
+    assert load(tmp_path / "run" / "last.pt")["step"] == 1
+    assert len(runs.read_log(tmp_path / "run" / "log.jsonl")) == 1
+
+
 @pytest.mark.parametrize(("able", "words"), [
     (True, "; in bf16 dense layers are torch's\n"), (False, "; bf16 is emulated: there is no bf16 arithmetic here"),
 ])
