@@ -76,6 +76,7 @@ def claim_folder(name: str) -> Path:
 
 
 def refuse_taken(out: Path) -> None:
+    """Raise UserError where a folder holds what a run leaves."""
     held = [name for name in RUN_FILES if (out / name).exists()]
     if held == ["config.json"]:
         raise UserError(f"{out} holds nothing but a config.json, perhaps of a run that was killed at its very start; "
