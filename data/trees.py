@@ -140,13 +140,17 @@ def image_folder(root: Path, val: float | None = None) -> Source:
     if not any(folders.values()) and subfolders(root):
         folders["train"] = root
     if folders["train"] is None:
-        raise UserError(f"{root} has no folder train/; expected {root}/train/CLASS/PICTURES or {root}/CLASS/PICTURES")
+        raise UserError(f"{root} has no folder train/; expected {_expected(root)}")
     if folders["val"] is not None and val is not None:
         raise UserError(f"--val {val:g}: {root} has validation pictures of its own, in {folders['val'].name}/; leave "
                         "the option out, or take that folder away")
     classes = subfolders(folders["train"])
     if not classes:
-        raise UserError(f"{folders['train']} has no class folders; expected {root}/train/CLASS/PICTURES")
+        raise UserError(f"{folders['train']} has no class folders; expected {_expected(root)}")
+    others = sorted(set(subfolders(root)) - {folder.name for folder in folders.values() if folder})
+    if others and folders["train"] != root:
+        print(f"{root}: {len(others)} folders are not called train, val or test and are skipped (first: {others[0]})",
+              flush=True)
     splits = {}
     for split, folder in folders.items():
         if folder is None:
@@ -185,7 +189,7 @@ def divided(folder: Path, members: list[str], labels: list[int], fraction: float
     chosen = {i for i in share if share[i] < fraction} - kept
     if not chosen:
         if not set(share) - kept:
-            raise UserError(f"{folder} has one picture a class: there is none to spare for validation")
+            raise UserError(f"{folder} has no class with two different pictures: none can be spared for validation")
         chosen = {min(set(share) - kept, key=share.__getitem__)}
     aside = [i in chosen for i in first]
     print(f"{folder} has no validation pictures: {sum(aside):,} of {len(members):,} are set aside for that", flush=True)
@@ -217,6 +221,10 @@ def first_of_identical(folder: Path, members: list[str]) -> list[int]:
             with suppress(OSError), open(os.path.join(folder, members[i]), "rb") as file:
                 first[i] = contents.setdefault(hashlib.file_digest(file, "blake2b").digest(), i)
     return first
+
+
+def _expected(root: Path) -> str:
+    return f"{root}/train/CLASS/PICTURES, or {root}/CLASS/PICTURES where no class is called train, val or test"
 
 
 def _folder_of(root: Path, split: str) -> Path | None:

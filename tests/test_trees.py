@@ -156,16 +156,23 @@ def test_a_folder_of_class_folders_gives_a_part_for_validation(classes, capsys):
     assert 60 <= len(half["val"]) <= 100
 
 
-def test_train_and_test_without_val(classes, tmp_path):
-    """test/ stays what it is; folders beside train/ or test/ are no classes."""
+def test_train_and_test_without_val(classes, tmp_path, capsys):
+    """test/ stays what it is; folders beside train/ or test/ are no classes, and that is said."""
     root = tmp_path / "tree"
     for split in ("train", "test"):
         shutil.copytree(classes, root / split)
     found = names_of(sources.find(str(root)))
+    assert "are skipped" not in capsys.readouterr().out
+    for name in ("zebra", "cat"):
+        shutil.copytree(classes / "cat", root / name)
+    assert names_of(sources.find(str(root))) == found
+    assert f"{root}: 2 folders are not called train, val or test and are skipped (first: cat)\n" in (
+        capsys.readouterr().out)
     assert len(found["test"]) == 120
     assert len(found["train"]) + len(found["val"]) == 120
     shutil.move(classes / "cat" / "deep", tmp_path / "deep")
-    for name, message in (("train", "train has no class folders"), ("test", "has no folder train/")):
+    for name, message in (("train", "train has no class folders.* no class is called"),
+                          ("test", "has no folder train/.* no class is called")):
         os.rename(classes / "cat", classes / name)  # loose pictures, as Dogs vs. Cats has them
         with pytest.raises(UserError, match=message):
             sources.find(str(classes))
@@ -225,10 +232,10 @@ def test_what_can_not_be_divided_is_said(tree, tmp_path):
     for name in ("one", "two"):
         (tmp_path / "few" / name).mkdir(parents=True)
         Image.new("RGB", (9, 9), name and (len(name), ord(name[0]), 0)).save(tmp_path / "few" / name / "only.png")
-    with pytest.raises(UserError, match="has one picture a class: there is none to spare"):
+    with pytest.raises(UserError, match="has no class with two different pictures: none can be spared"):
         sources.find(str(tmp_path / "few"))
     shutil.rmtree(tree / "train")
-    with pytest.raises(UserError, match=r"has no folder train/; expected .*/train/CLASS/PICTURES or"):
+    with pytest.raises(UserError, match=r"has no folder train/; expected .*/train/CLASS/PICTURES, or"):
         sources.find(str(tree))
 
 
