@@ -261,6 +261,20 @@ def defaults(args, store: Store) -> dict:
     return found | (SAMPLE_DEFAULTS if store.name == "sample" else {})
 
 
+def small_crops(args, store: Store) -> str:
+    """A warning where crops are much smaller than the pictures, of which 7/8 across is usual; else ""."""
+    if args.resume or 4 * args.image_size >= 3 * store.size:
+        return ""
+    part = (args.image_size / store.size) ** 2
+    return (f"crops of {args.image_size} x {args.image_size} show {part:.0%} of a picture of {store.size} x "
+            f"{store.size}; a store of --size {packed_size(args.image_size)} would show most of it")
+
+
+def packed_size(image_size: int) -> int:
+    """The size of the pictures that crops are taken from: as 256 is to 224."""
+    return image_size * 8 // 14 * 2
+
+
 def settle(args, store: Store, device: torch.device, world: int) -> None:
     """Fill in what the store and the device decide, and refuse what does not fit them."""
     if args.resume and read_config(args.out)["fingerprint"] != store.fingerprint:

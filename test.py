@@ -85,6 +85,10 @@ def check_arguments(args) -> None:
         real = Path(os.path.realpath(path))
         if not real.parent.is_dir():
             raise UserError(f"--{option} {path}: there is no such folder")
+        if real.is_dir():
+            raise UserError(f"--{option} {path}: that is a folder; name a file in it")
+        if not os.access(real.parent, os.W_OK):
+            raise UserError(f"--{option} {path}: {real.parent} can't be written to; name another folder")
         if real.suffix.lower() in (".pt", ".safetensors") or str(real) in inputs:
             raise UserError(f"--{option} {path}: that is a checkpoint or a picture, or called so; name another file")
         if real in outputs:
@@ -145,6 +149,11 @@ def check_fit(paths: list, members: list, store: Store) -> None:
                 f"warning: {path} was trained on pictures made square otherwise ({checkpoint['resize']}) than those of "
                 f"{shown(store.path)} ({store.manifest['resize']})", file=sys.stderr,
             )
+        channels = checkpoint["mean"].shape[2]
+        if channels != store.channels:
+            kinds = {1: "grey", 3: "colour"}
+            print(f"warning: {path} was trained on {kinds[channels]} pictures, those of {shown(store.path)} are "
+                  f"{kinds[store.channels]}", file=sys.stderr)
         if checkpoint["store_size"] != store.size:
             raise UserError(
                 f"{path} was trained on pictures of {checkpoint['store_size']} pixels, {shown(store.path)} has "

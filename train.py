@@ -52,7 +52,7 @@ from data.pictures import printable
 from data.store import Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
 from model import AlexNet, activation_parameters
-from options import FEW, NET, parse, settle
+from options import FEW, NET, packed_size, parse, settle, small_crops
 from recipe import Schedule, make_optimizer, set_rate
 from utils import Diverged, Progress, UserError, duration, run_script, shown
 
@@ -69,6 +69,7 @@ def main(argv=None) -> int:
         watch = Watch(device, *processes.join(device))
         store, fallback = open_store(args, watch)
         settle(args, store, device, watch.world)
+        watch.warn(small_crops(args, store))
         same = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
         processes.agree(same | {"store": f"{store.name}, {store.fingerprint}"})
         run = set_up(args, store, watch)
@@ -395,8 +396,7 @@ def stored(args, watch: Watch) -> Store:
         return Store(path)
     if watch.world > 1:
         raise UserError(f"{path} is not a store; several processes need one: python -m data.pack {path} --out STORE")
-    size = args.image_size and args.image_size * 8 // 14 * 2  # as 256 is to 224
-    store = store_of(path, size, args.val)
+    store = store_of(path, args.image_size and packed_size(args.image_size), args.val)
     args.packed_from = {"data": args.data, "val": args.val}  # for the eyes, and for --resume with the same command
     args.data, args.val = str(store.path.resolve()), None  # what --resume goes on with
     return store

@@ -23,6 +23,7 @@ from benchmarks.timing import add_net_options, add_options, chosen, interleaved,
 from checkpoints import export
 from data.augment import Augment
 from kernels import accelerate
+from options import packed_size
 from utils import Parser, UserError, run_script, whole
 
 THIS, USUAL, ONNX = "this", "usual module", "ONNX Runtime"
@@ -65,7 +66,7 @@ def make(kind: str, compiled: bool, channels_last: bool, args, device: torch.dev
 
 def race(nets: dict, batch: int, ten_crop: bool, args, device: torch.device) -> dict:
     """Each contender's images a second with their quartiles, or why it can't run."""
-    stored = args.size * 8 // 14 * 2  # as 256 is to 224; the crops lie in the middle, mirrored or not
+    stored = packed_size(args.size)  # the crops lie in the middle, mirrored or not
     floats = pictures(batch, stored).to(device)
     raw = (floats + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
     augment = Augment(args.size, torch.full((stored, stored, 3), 128.0), device=device)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_source
-from helpers import ROOT, command, load, run
+from helpers import ROOT, command, load, resume, run
 
 import options
 import train
@@ -69,6 +69,16 @@ def test_a_store_of_the_smallest_sizes_trains(tmp_path, size):
     small = pack.pack(small_source(counts=(8, 4, 4)), tmp_path / "store", size=size)
     run(small, tmp_path / "run", "--max-steps", 1, batch=8)
     assert load(tmp_path / "run" / "best.pt")["image_size"] == 63
+
+
+def test_crops_much_smaller_than_the_pictures_are_warned_of(tmp_path, capsys):
+    large = pack.pack(small_source(counts=(8, 4, 4)), tmp_path / "store", size=128)
+    for size, warned in ((96, False), (64, True)):
+        run(large, tmp_path / f"run-{size}", "--max-steps", 1, "--image-size", size, batch=8)
+        message = "crops of 64 x 64 show 25% of a picture of 128 x 128; a store of --size 72 would show most of it"
+        assert (f"warning: {message}\n" in capsys.readouterr().err) == warned
+    resume(tmp_path / "run-64", "--max-steps", 2)
+    assert "crops of" not in capsys.readouterr().err
 
 
 def test_every_option_trains(store, tmp_path, monkeypatch):

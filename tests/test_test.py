@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
 import sys
 
@@ -199,7 +200,7 @@ def test_confusion_counts_by_row(tmp_path, monkeypatch):
     assert drawn[1].shape == (200, 200)
 
 
-def test_what_does_not_fit_is_refused(run_folder, tmp_path):
+def test_what_does_not_fit_is_refused(run_folder, tmp_path, monkeypatch):
     three = pack.pack(small_source(classes=3), tmp_path / "three")
     best = str(run_folder / "best.pt")
     with pytest.raises(UserError, match=r"has 4 classes, .* has 3"):
@@ -219,6 +220,7 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
         ([best, "--batch-size", "0"], "--batch-size"),
         ([best, "--data", str(tmp_path)], "is not a store"),
         ([best, "--predictions", "nowhere/p.csv"], "no such folder"),
+        ([best, "--predictions", str(tmp_path)], "that is a folder; name a file in it"),
         ([best, "--images", "cat.jpg", "--per-class"], "go with a data set"),
         ([best, "--images", "cat.jpg", "--confusion", "c.png"], "go with a data set"),
         ([best, "--features", "f.npz", "--ten-crop"], "of one net and centre crops"),
@@ -231,6 +233,9 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             test.main(arguments)
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))  # root may write anywhere
+    with pytest.raises(UserError, match=r"--features .*: .* can't be written to; name another folder"):
+        test.main([best, "--features", str(tmp_path / "f.npz")])
 
 
 def test_damaged_names_are_one_line(run_folder, tree, tmp_path, monkeypatch, capsys):
@@ -259,6 +264,14 @@ def test_damaged_names_are_one_line(run_folder, tree, tmp_path, monkeypatch, cap
     file.write_bytes(names.replace(b"0", b"1", 1))
     with pytest.raises(UserError, match=r"val-names.txt is damaged \(wrong SHA-256\)"):
         pack.main(["--verify", str(store.path)])
+
+
+def test_grey_and_colour_are_warned_of(run_folder, grey_store, capsys):
+    """A grey net takes colour pictures, and the other way round, but hardly ever should."""
+    assert test.main([str(run_folder / "best.pt"), "--data", str(grey_store.path)]) == 0
+    assert f"was trained on colour pictures, those of {grey_store.path} are grey\n" in capsys.readouterr().err
+    assert test.main([str(run_folder / "best.pt")]) == 0
+    assert "was trained on" not in capsys.readouterr().err
 
 
 def test_other_class_names_are_warned_of(run_folder, tmp_path, capsys):
