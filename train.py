@@ -411,6 +411,8 @@ def set_up(args, store: Store, watch: Watch) -> Training:
         freeze(net, args.freeze)
     if args.kernels == "on":
         require_kernels(watch.device.type)
+    if args.compile:
+        require_compiler(watch.device)
     kernels = accelerate(net) if args.kernels != "off" else "LRN of model.py, dense layers of torch"
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -422,6 +424,14 @@ def require_kernels(device: str) -> None:
     trouble = trouble_with_lrn(device) or (device == "cpu" and trouble_with_dense(device))
     if trouble:
         raise UserError(f"--kernels on: {trouble}; --kernels auto does without")
+
+
+def require_compiler(device: torch.device) -> None:
+    try:
+        torch.compile(torch.neg)(torch.zeros(8, device=device))
+    except RuntimeError as error:  # the base of all that Dynamo and Inductor raise
+        reason = utils.one_line(error).partition(" Set TORCH")[0]
+        raise UserError(f"--compile: torch.compile does not work here ({reason}); leave the option out") from None
 
 
 def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:

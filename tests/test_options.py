@@ -1,5 +1,6 @@
 """options.py: every option, and what is refused in one line."""
 
+import re
 import subprocess
 import types
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_source
-from helpers import ROOT, command, load, resume, run
+from helpers import ROOT, command, environment, load, resume, run
 
 import options
 import train
@@ -62,6 +63,16 @@ def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "CLASS/PICTURES" in line
+
+
+def test_compile_without_a_compiler_is_one_line_and_leaves_nothing(store, tmp_path):
+    arguments = command(store, tmp_path / "run", "--compile", "--max-steps", 1)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=environment(PATH=str(tmp_path)))
+    assert done.returncode == 2
+    assert re.search(r"^error: --compile: torch.compile does not work here \(.*compiler.*\); leave the option out$",
+                     done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("size", [63, 64])
