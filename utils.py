@@ -44,24 +44,27 @@ def run_script(main) -> None:
         if "" in sys.argv:
             raise UserError("one of the arguments is empty; is a variable not set?")
         status = main(sys.argv[1:])
+        sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
         status = report(error)
     sys.exit(status)
 
 
 def report(error: BaseException) -> int:
-    """Print one line on stderr about a UserError, OSError or Ctrl-C. Returns the exit status. It is one write, which
-    print() is not where PYTHONUNBUFFERED is set: lines of several processes stay whole."""
+    """Print one line on stderr about a UserError, OSError or Ctrl-C, in one write, so that lines of several processes
+    stay whole: print() makes two where PYTHONUNBUFFERED is set. Returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("stopped\n")
         return 130
+    if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     text = " ".join(str(error).split())
     if not isinstance(error, UserError):  # disk full, no permission, ...
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}; put that right and run the command again"
     start = f"error in process {os.environ['RANK']}:" if "RANK" in os.environ else "error:"
     sys.stderr.write(f"{start} {text if text.isprintable() else ascii(text)[1:-1]}\n")
-    sys.stderr.flush()
     return 2
 
 

@@ -84,6 +84,29 @@ def test_a_message_is_one_write(error, line, monkeypatch):
     assert len(pieces) > 2  # what is guarded against
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])  # of which the pipe holds some until the end
+def test_a_reader_that_has_seen_enough(lines):
+    """`| head` ends a script without a word, with the status that a shell gives for SIGPIPE."""
+    main = f"lambda _: sys.stdin.read() or [print(n) for n in range({lines})] and 0"
+    code = f"import sys, utils; utils.run_script({main})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_output(stream):
+    """`>&-` and `2>&-`: what would go there is lost, and nothing else."""
+    code = "import sys, utils\ndef main(_):\n    print('out')\n    raise utils.UserError('bad')\nutils.run_script(main)"
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {stream}>&-', sys.executable, code], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, "out\n" if stream == 2 else "", "error: bad\n" if stream == 1 else "")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def main(_):
         raise ValueError("a bug, not a user's mistake")
