@@ -78,9 +78,10 @@ def resumed(args: Namespace, given: dict) -> Namespace:
             raise UserError(f"--data {given['data']} is no store; {folder} was started {started}")
         stored["data"] = given["data"]  # the store was moved: settle() looks whether it is the same
     for name, value in given.items():
-        if name not in {*CHANGEABLE, "data"} and value not in (stored.get(name), packed_from.get(name), "auto"):
-            raise UserError(f"{worded(name, value)}: {folder} was started {before(name, stored.get(name))}; leave "
-                            "the option out, or start a new run")
+        was = packed_from.get(name, stored.get(name))
+        if name not in {*CHANGEABLE, "data"} and value not in (was, stored.get(name), "auto"):
+            raise UserError(f"{worded(name, value)}: {folder} was started {before(name, was)}; leave the option out, "
+                            "or start a new run")
     changed = {name: value for name, value in given.items() if name in CHANGEABLE}
     return Namespace(**{**vars(args), **stored, **changed, "out": folder, "resume": True})
 
@@ -289,11 +290,12 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         raise UserError(f"{worded('drops', args.drops)}: an epoch is named twice")
     if args.drops and args.lr * 10.0 ** -len(args.drops) < 1e-20:
         raise UserError(f"--drops: after {len(args.drops)} drops a learning rate of {args.lr:g} is as good as 0")
+    takes = "--image-size" if args.image_size else "the smallest net takes"
     if args.image_size is None:
         args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:
-        whose = f"--init {args.init} takes" if args.init else "--image-size"
-        raise UserError(f"{whose} {args.image_size}: {store.path} has {store.size} x {store.size} pictures; "
+        takes = f"--init {args.init} takes" if args.init else takes
+        raise UserError(f"{takes} {args.image_size}: {store.path} has {store.size} x {store.size} pictures; "
                         "pack them again with a larger --size")
     if args.workers is None:
         args.workers = default_workers(device)

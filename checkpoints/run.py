@@ -177,7 +177,7 @@ def read_config(out: Path) -> dict:
         if [type(config[name]) for name in ("arguments", "fingerprint", "kernels")] != [dict, str, str]:
             raise TypeError
         changed = not fits_checksum(config)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{out / 'config.json'} is missing or damaged; the run cannot be resumed") from None
     if changed:
         raise UserError(f"{out / 'config.json'} was changed since train.py wrote it, or is damaged: put it right, or "

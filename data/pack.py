@@ -378,7 +378,7 @@ def store_of(path: Path, size: int | None = None, val: float | None = None) -> S
         raise UserError(f"{path} is a store without its {MANIFEST}; copy or pack it again")
     source = sources.find(str(path), val=val)
     job = Job(source, STORES / source.name, size or source.size, source.codec, shards_of(source))
-    out = STORES / f"{source.name[:80]}-{job.digest()[:8]}"
+    out = STORES / f"{source.name}-{job.digest()[:8]}"
     try:
         return Store(out) if out.exists() else pack(source, out, size=size, workers=len(os.sched_getaffinity(0)))
     except UserError:

@@ -76,7 +76,7 @@ def _from_path(path: Path, val: float | None) -> Source:
             source, val = image_folder(path, val), None
     elif path.name in (imagenet.TRAIN_TAR, imagenet.VAL_TAR) and path.is_file():
         source = imagenet.official(path.parent)
-    elif path.suffix in (".h5", ".hdf5") and path.is_file():
+    elif path.suffix.lower() in (".h5", ".hdf5") and path.is_file():
         source = _hdf5(path, path.stem)
     elif path.exists():
         raise UserError(f"{path} is neither a folder, an .h5 file nor one of ImageNet's official tar files")
@@ -84,7 +84,8 @@ def _from_path(path: Path, val: float | None) -> Source:
         raise UserError(f"{path}: no such data set, folder or file; the named sets are {', '.join(NAMED)}")
     if val is not None:
         raise UserError(f"--val {val:g} is for folders of class folders, which {path} is not; leave the option out")
-    source.name = printable(source.name)
+    # Names of files have 255 bytes at most, and this one gets endings.
+    source.name = os.fsencode(printable(source.name))[:80].decode(errors="ignore")
     if source.name in NAMED:  # a user's own data set never has the name of a named one
         source.name = f"my-{source.name}"
     return source

@@ -1,6 +1,7 @@
 """What a net sees: the computations behind studies.report. Nets are in eval mode, of any kind that a checkpoint holds;
 inputs are (n, 3, S, S) float32 as the net takes them, with the mean subtracted."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -120,9 +121,10 @@ def nearest(queries: Tensor, among: Tensor, count: int = 6, at_once: int = 500) 
 
 def share_of_right(neighbours: Tensor, labels: Tensor, among_labels: Tensor) -> tuple[float, float]:
     """How many of the neighbours have their query's label, in percent, and half the 95% interval of that mean over
-    queries."""
+    queries, NaN where there is one query."""
     shares = 100 * (among_labels[neighbours] == labels[:, None]).double().mean(1)
-    return float(shares.mean()), float(1.96 * shares.std() / len(shares) ** 0.5)
+    half = float(1.96 * shares.std() / len(shares) ** 0.5) if len(shares) > 1 else math.nan
+    return float(shares.mean()), half
 
 
 # ---------------------------------------------------------------------------------------------- where it looks

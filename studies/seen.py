@@ -113,15 +113,19 @@ def neighbours(run: Run) -> str:
     blocks = [page.grid([page.fitted(pixels, 64) for pixels in part], len(part) // len(chosen)) for part in parts]
     gap = np.full((len(blocks[0]), 12, 3), 255, np.uint8)
     drawn = np.concatenate([blocks[0], gap, blocks[1], gap, blocks[2]], 1)
-    (net, net_half), (pixels, pixels_half) = (
-        look.share_of_right(found, tested.labels, trained.labels) for found in (by_net, by_pixels)
+    net, pixels = (
+        percent(*look.share_of_right(found, tested.labels, trained.labels)) for found in (by_net, by_pixels)
     )
-    said = (f"{net:.1f}% ± {net_half:.1f} of the six nearest by fc7 have the right class, {pixels:.1f}% ± "
-            f"{pixels_half:.1f} of those by pixels: means over {len(tested.labels):,} pictures of the {run.split} "
-            f"split with their 95% intervals, among {len(trained.labels):,} training pictures.")
+    said = (f"{net} of the six nearest by fc7 have the right class, {pixels} of those by pixels: means "
+            f"over {len(tested.labels):,} pictures of the {run.split} split with their 95% intervals, among "
+            f"{len(trained.labels):,} training pictures.")
     return (page.paragraph("Each row: a picture, the six training pictures that are nearest by what fc7 gives, the six "
                            "that are nearest by their pixels.") +
             page.wide(page.picture(drawn, "neighbours", "Nearest neighbours")) + page.paragraph(said))
+
+
+def percent(mean: float, half: float) -> str:
+    return f"{mean:.1f}%" + (f" ± {half:.1f}" if half == half else "")  # NaN: one picture has no interval
 
 
 def small_pixels(run: Run, split: str, rows: np.ndarray) -> Tensor:

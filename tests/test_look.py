@@ -7,7 +7,7 @@ from torch import nn
 
 import checkpoints
 from model import AlexNet, LocalResponseNorm
-from studies import look
+from studies import look, seen
 
 
 def smooth(net):
@@ -76,6 +76,9 @@ def test_neighbours_by_numpy():
     by_query = [100 * np.mean([n % 3 == label for n in row]) for row, label in zip(found, labels.tolist(), strict=True)]
     assert share == pytest.approx(np.mean(by_query))
     assert half == pytest.approx(1.96 * np.std(by_query, ddof=1) / 7**0.5)
+    alone = look.share_of_right(torch.tensor(found[:1]), labels[:1], among_labels)
+    assert seen.percent(*alone) == f"{by_query[0]:.1f}%"
+    assert seen.percent(33.33, 2.52) == "33.3% ± 2.5"
 
 
 def test_calibration_by_hand():

@@ -82,6 +82,12 @@ def test_a_store_of_the_smallest_sizes_trains(tmp_path, size):
     assert load(tmp_path / "run" / "best.pt")["image_size"] == 63
 
 
+def test_a_store_that_is_too_small_is_refused(tmp_path):
+    small = pack.pack(small_source(counts=(8, 4, 4)), tmp_path / "store", size=40)
+    with pytest.raises(UserError, match=r"^the smallest net takes 63: .* has 40 x 40 pictures; pack them again"):
+        run(small, tmp_path / "run", batch=8)
+
+
 def test_crops_much_smaller_than_the_pictures_are_warned_of(tmp_path, capsys):
     large = pack.pack(small_source(counts=(8, 4, 4)), tmp_path / "store", size=128)
     for size, warned in ((96, False), (64, True)):

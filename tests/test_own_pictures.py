@@ -112,7 +112,7 @@ def test_a_run_goes_on_when_its_folder_is_gone(stores, tmp_path):
     train.main(["--data", str(photos), "--val", "0.2", "--out", str(tmp_path / "run"), *SMALL])
     shutil.rmtree(photos)
     assert resume(tmp_path / "run", "--data", photos, "--val", "0.2", "--max-steps", "2") == 0  # as it was started
-    with pytest.raises(UserError, match=r"--val 0.3: .* was started without --val"):
+    with pytest.raises(UserError, match=r"--val 0.3: .* was started with --val 0.2"):
         resume(tmp_path / "run", "--val", "0.3")
     assert resume(tmp_path / "run", "--max-steps", "3") == 0
     assert load(tmp_path / "run" / "last.pt")["step"] == 3

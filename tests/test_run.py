@@ -117,6 +117,13 @@ def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_pat
         (tmp_path / "run/config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} cannot be right"):
             resume(tmp_path / "run")
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is missing or damaged"):
+        resume(tmp_path / "run")
+    (tmp_path / "run/config.json").mkdir()  # like a file that only others may read: what it is, not "damaged"
+    with pytest.raises(IsADirectoryError):
+        resume(tmp_path / "run")
+    (tmp_path / "run/config.json").rmdir()
     for name, value in [("arguments", []), ("fingerprint", None), ("kernels", 5)]:
         (tmp_path / "run/config.json").write_text(json.dumps(config | {name: value}))
         with pytest.raises(UserError, match=r"config.json is missing or damaged"):

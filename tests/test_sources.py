@@ -255,6 +255,12 @@ def test_a_folder_called_like_a_named_set_is_not_that_set(tree):
     assert sources.find(str(tree.rename(tree.parent / "sample"))).name == "my-sample"
 
 
+def test_a_long_name_leaves_room_for_what_comes_after_it(tree):
+    """Files' names have 255 bytes at most; data.pack and train.py add to this one."""
+    long = tree.rename(tree.parent / ("x" + "é" * 127))
+    assert sources.find(str(long)).name == "x" + "é" * 39
+
+
 def test_one_class_is_refused(tree):
     for split in ("train", "val"):
         shutil.rmtree(tree / split / "dog")
@@ -280,6 +286,7 @@ def test_hdf5_files(tmp_path, monkeypatch, at_once):
     assert np.array_equal(np.stack(source.splits["train"].pictures), images)
     assert (source.name, source.size, source.codec, source.channels) == ("x", 72, "raw", 3)
     assert (type(source.splits["val"].pictures) is np.ndarray) == bool(at_once)
+    assert sources.find(hdf5(tmp_path / "Y.H5", train=(images, labels), test=(images[:4], labels[:4]))).name == "Y"
     store = pack.pack(source, tmp_path / "store", workers=2)
     assert np.array_equal(store.split("train").read(np.arange(8))[0], [to_square(image, 72) for image in images])
     for parts, message in (
