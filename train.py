@@ -11,17 +11,12 @@ README.md says what you should see; --help lists the options.
 """
 
 import math
-import os
 import shlex
-import signal
-import sys
-import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,17 +43,15 @@ from data.augment import Augment, epoch_tables
 from data.loader import Loader, worker_errors
 from data.manifest import MANIFEST
 from data.pack import named_store, store_of
-from data.pictures import printable
 from data.store import Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
 from model import AlexNet, activation_parameters
 from options import FEW, NET, packed_size, parse, settle, small_crops
 from recipe import Schedule, make_optimizer, set_rate
 from utils import Diverged, Progress, UserError, duration, run_script, shown
+from watch import LOOK_EVERY, Watch
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MAY_DIFFER = {"data", "device", "download", "init", "out", "packed_from", "resume", "workers"}  # between processes
-LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 STUCK_STEPS = 500  # from here on a loss that is still ln(classes) is warned of
 
 
@@ -95,7 +88,7 @@ def main(argv=None) -> int:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def fit(run: Training, watch: "Watch") -> int:
+def fit(run: Training, watch: Watch) -> int:
     """Train until the schedule, --epochs, --max-steps or a signal ends it. Returns the exit status."""
     args, device = run.args, watch.device
     # Rounded up, so that no process is left without a worker.
@@ -126,7 +119,7 @@ def is_over(run: Training) -> bool:
     return at_limit or run.schedule.finished or run.state.epoch >= run.args.epochs
 
 
-def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: "Watch"):
+def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: Watch):
     """Train to the end of the epoch, or to --max-steps or a signal. Returns this process's sums (loss, top-1 misses)
     on the device, and the signal or 0."""
     args, state, share = run.args, run.state, run.args.batch_size // watch.world
@@ -184,7 +177,7 @@ def train_step(model, optimizer, pictures, labels, precision: str) -> tuple[torc
     return loss.detach(), logits.detach()
 
 
-def look(run: Training, sums, watch: "Watch") -> str:
+def look(run: Training, sums, watch: Watch) -> str:
     """Look at the loss of the epoch so far: stop a run that has diverged, warn once of one that has not learnt
     anything. Returns the progress bar's note."""
     state, images = run.state, run.state.step_in_epoch * run.args.batch_size // watch.world
@@ -208,13 +201,13 @@ def check_finite(run: Training, loss_sum: float) -> None:
         )
 
 
-def take_totals(run: Training, sums, watch: "Watch") -> None:
+def take_totals(run: Training, sums, watch: Watch) -> None:
     """Put the sums over all processes into the state."""
     run.state.loss_sum, run.state.wrong = watch.total(sums).tolist()
     check_finite(run, run.state.loss_sum)
 
 
-def validate(run: Training, val: Loader, inputs: Augment, watch: "Watch") -> dict:
+def validate(run: Training, val: Loader, inputs: Augment, watch: Watch) -> dict:
     """The log's line of an epoch, but for its times."""
     args, state = run.args, run.state
     run.net.eval()
@@ -228,7 +221,7 @@ def validate(run: Training, val: Loader, inputs: Augment, watch: "Watch") -> dic
     }
 
 
-def watch_activations(net: torch.nn.Module, watch: "Watch") -> dict[str, float]:
+def watch_activations(net: torch.nn.Module, watch: Watch) -> dict[str, float]:
     """What each FReLU, SReLU and PReLU has learnt so far, for the log. Warns once of each b that has turned positive:
     FReLU's authors watch for that."""
     values = {name: parameter.item() for name, parameter in activation_parameters(net).items()}
@@ -249,7 +242,7 @@ def replaced_records(args, *loaders: Loader) -> dict:
     return {"replaced_records": found} if found else {}
 
 
-def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
+def finish_epoch(run: Training, entry: dict, watch: Watch) -> None:
     """Log, and where the epoch is whole: move the schedule. Write the checkpoints."""
     args, state, schedule = run.args, run.state, run.schedule
     better, whole = False, state.step_in_epoch == run.steps_per_epoch
@@ -269,95 +262,6 @@ def finish_epoch(run: Training, entry: dict, watch: "Watch") -> None:
         save_last(run)
         plot_curves(read_log(args.out / "log.jsonl"), args.out / "curves.png")
     watch.say(summary(run, entry))
-
-
-class Watch:
-    """What accompanies the loop: what is said, signals, clocks, and what all processes agree on.
-
-    SIGTERM, Ctrl-C and SIGUSR1 (preemption) are noted, and the loop stops in good order; a second signal ends the
-    process at once.
-    """
-
-    def __init__(self, device: torch.device, rank: int = 0, world: int = 1):
-        self.device, self.rank, self.world, self.received, self.warned = device, rank, world, 0, set()
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _frame) -> None:
-        if self.received not in (0, signal.SIGPIPE):
-            os._exit(128 + number)
-        self.received = number
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            self._print(text, sys.stdout)
-
-    def warn(self, text: str) -> None:
-        if self.rank == 0 and text:
-            self._print(f"warning: {printable(text)}", sys.stderr)
-
-    def _print(self, text: str, stream) -> None:
-        """Where nobody reads any more (Ctrl-C ends a `| tee`, too), the run stops as after a signal."""
-        try:
-            print(text, file=stream, flush=True)
-        except BrokenPipeError:
-            self.received = self.received or signal.SIGPIPE
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it still holds, and what follows
-
-    def warn_once(self, about: str, text: str) -> None:
-        if about not in self.warned:
-            self.warned.add(about)
-            self.warn(text)
-
-    def start_epoch(self) -> None:
-        self.started = self.saved = time.monotonic()
-        self.waited = 0.0
-
-    @contextmanager
-    def waiting(self):
-        """Around the reading of a batch."""
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began
-
-    def end_epoch(self, images: int) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what has been started is not done yet
-        seconds = time.monotonic() - self.started
-        self.speed = {"images_per_second": images / seconds, "stall": 100 * self.waited / seconds}
-
-    def times(self) -> dict:
-        """images_per_second and stall, the percentage of the time that went into waiting for pictures, of the training;
-        the seconds since the epoch's start."""
-        return self.speed | {"seconds": time.monotonic() - self.started}
-
-    def total(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sums over all processes."""
-        sums = sums.clone()
-        if self.world > 1:
-            dist.all_reduce(sums)
-        return sums
-
-    def decide(self, step: int, save_every: float) -> tuple[int, bool]:
-        """(a signal or 0, whether to save), the same in all processes. On GPUs they save and ask each other at the
-        looks only, because both wait for the device. save_every: seconds."""
-        looking = step % LOOK_EVERY == 0 or self.device.type == "cpu"
-        stop, save = self.received, looking and time.monotonic() - self.saved > save_every
-        if self.world > 1:
-            if not looking:
-                return 0, False
-            flags = torch.tensor([stop, save], device=self.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            stop, save = flags.tolist()
-        if save:
-            self.saved = time.monotonic()
-        return stop, bool(save)
 
 
 # ---------------------------------------------------------------------------------------------- setting up

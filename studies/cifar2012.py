@@ -54,8 +54,9 @@ from studies.fourlayer import (
     train_epoch,
 )
 from studies.loop import small_store
-from train import Watch, train_step
+from train import train_step
 from utils import Diverged, Parser, UserError, pick_device, run_script, shown, whole
+from watch import Watch
 
 # layers-conv-local-*.cfg, layer-params-conv-local-*.cfg
 NETS = {

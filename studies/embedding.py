@@ -26,8 +26,8 @@ from data.store import Store
 from model import ACTIVATIONS, activation_parameters
 from studies import loop
 from studies.common import add_key, colours, new_figure, plain, save_figure
-from train import Watch
 from utils import Diverged, Parser, UserError, pick_device, run_script, shown, whole
+from watch import Watch
 
 EPOCHS = 78
 DROPS = (39, 61)  # epochs of 78 after which the learning rate falls

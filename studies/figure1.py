@@ -32,8 +32,8 @@ from kernels import accelerate
 from studies.common import interval, new_figure, results_file, save_figure
 from studies.fourlayer import STORED, Pictures, build, load, make_optimizer, save, train_epoch
 from studies.loop import small_store
-from train import Watch
 from utils import Diverged, Parser, UserError, pick_device, run_script, shown, whole
+from watch import Watch
 
 ACTIVATIONS = ("relu", "tanh")
 LRS = (0.001, 0.002, 0.0005, 0.004, 0.00025, 0.008)  # the likeliest first: the others are given up once they are slower

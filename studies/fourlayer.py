@@ -23,14 +23,14 @@ from data.loader import Loader
 from data.store import Store
 from model import LocalResponseNorm, activation
 from recipe import set_rate
-from train import Watch, train_step
+from train import train_step
 from utils import Diverged, Progress, UserError, shown
+from watch import LOOK_EVERY, Watch
 
 STD = {"conv1": 0.0001, "conv2": 0.01, "local3": 0.04, "local4": 0.04, "fc10": 0.01}  # of the weights at the start
 RATE, MOMENTUM, BATCH, LOCAL_DECAY = 0.001, 0.9, 128, 0.004
 BIASES = 2  # their learning rate, times the weights'
 STORED, CROP = 32, 24  # pixels
-LOOK_EVERY = 20  # steps between looks at the loss
 
 
 # ---------------------------------------------------------------------------------------------- the nets

@@ -31,8 +31,8 @@ from model import ACTIVATIONS
 from studies import loop
 from studies.common import interval, results_file, spread
 from studies.networks import NETWORKS
-from train import Watch
 from utils import Diverged, Parser, UserError, number, pick_device, run_script, whole
+from watch import Watch
 
 EPOCHS = 164
 DROPS = (80, 121)  # epochs of 164 after which the learning rate falls

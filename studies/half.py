@@ -20,6 +20,7 @@ from kernels import accelerate
 from model import AlexNet
 from recipe import Schedule, make_optimizer
 from utils import UserError
+from watch import Watch
 
 KERNELS = {"conv1": (3, 48), "conv2": (48, 128), "conv3": (128, 192), "conv4": (192, 192), "conv5": (192, 256)}
 
@@ -45,7 +46,7 @@ def main(argv) -> int:
     if others or args.init:
         raise UserError(f"{options.flag(others[0] if others else 'init')}: this net has no such option")
     device = utils.pick_device(args.device)
-    watch = train.Watch(device)
+    watch = Watch(device)
     store, _ = train.open_store(args, watch)
     options.settle(args, store, device, world=1)
     utils.no_tf32()

@@ -28,11 +28,11 @@ from kernels import accelerate
 from recipe import split_off_activations
 from studies.common import alone
 from studies.networks import SIDE, build
-from train import Watch, train_step, watch_activations
+from train import train_step, watch_activations
 from utils import Diverged, Progress, UserError, one_line, shown
+from watch import LOOK_EVERY, Watch
 
 BATCH = 128
-LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 SAVE_SECONDS = 600  # last.pt is written this often in mid-epoch
 STATE = ("epoch", "step", "loss_sum", "wrong")
 

@@ -31,8 +31,9 @@ from data.store import Store
 from kernels import accelerate
 from recipe import make_optimizer
 from studies.common import batches, new_figure, plain, results_file, save_figure
-from train import Watch, starting_net, train_step
+from train import starting_net, train_step
 from utils import Parser, Progress, UserError, number, pick_device, run_script, whole
+from watch import Watch
 
 # Every choice's values, train.py's first.
 CHOICES = {

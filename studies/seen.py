@@ -9,8 +9,9 @@ from checkpoints.run import KERNELS
 from studies import look, page
 from studies.common import new_figure
 from studies.folder import BATCH, LeftOut, Run
-from train import Watch, starting_net
+from train import starting_net
 from utils import Progress
+from watch import Watch
 
 FRAMES = 40  # of the moving picture at most
 SHOWN = 6  # pictures in the sections that show some

@@ -15,7 +15,8 @@ from kernels import FastFReLU, FastSReLU, accelerate
 from model import AlexNet, FReLU, SReLU, activation, activation_parameters
 from recipe import make_optimizer
 from studies import networks
-from train import Watch, watch_activations
+from train import watch_activations
+from watch import Watch
 
 FORMULAS = {"frelu": lambda x, b: F.relu(x) + b, "srelu": lambda x, b: torch.where(x > b, x, b)}
 LAYERS = {"frelu": (FReLU, FastFReLU), "srelu": (SReLU, FastSReLU)}

@@ -22,6 +22,7 @@ from data.augment import balanced, epoch_tables
 from data.loader import Loader
 from data.store import Store
 from utils import UserError
+from watch import Watch
 
 SMALL = ["--image-size", "64", "--max-steps", "1", "--batch-size", "4", "--workers", "0"]
 
@@ -173,7 +174,7 @@ def test_several_processes_need_a_store(tmp_path):
     fill(tmp_path / "photos" / "cat", 2)
     args = options.make_parser().parse_args(["--data", str(tmp_path / "photos")])
     with pytest.raises(UserError, match=r"is not a store; several processes need one: python -m data.pack"):
-        train.stored(args, train.Watch(torch.device("cpu"), world=2))
+        train.stored(args, Watch(torch.device("cpu"), world=2))
 
 
 # ---------------------------------------------------------------------------------------------- --balance
@@ -276,7 +277,7 @@ def test_init_without_dropout_starts_from_the_same_function(store, tmp_path):
     first = tmp_path / "first" / "last.pt"
     args = options.parse(["--data", str(store.path), "--init", str(first), "--no-dropout"])
     options.settle(args, store, torch.device("cpu"), 1)
-    net = train.starting_net(args, store, train.Watch(torch.device("cpu"))).eval()
+    net = train.starting_net(args, store, Watch(torch.device("cpu"))).eval()
     before, prepare = checkpoints.load_model(first)
     inputs = prepare([Image.fromarray(p) for p in pictures(3, (80, 80, 3))])
     torch.testing.assert_close(net(inputs), before(inputs))

@@ -14,7 +14,7 @@ MODULES = [
 ]
 # What each file or folder may import of the project: those before it; files of one level do not import each other.
 LEVELS = (
-    {"model", "utils", "memory"}, {"data"}, {"kernels", "recipe", "processes"}, {"checkpoints"}, {"options"},
+    {"model", "utils", "memory"}, {"data"}, {"kernels", "recipe", "processes", "watch"}, {"checkpoints"}, {"options"},
     {"train", "test", "hubconf"}, {"studies", "benchmarks"},
 )
 HEAVY = {"matplotlib", "cv2", "h5py", "lmdb", "torchvision", "scipy", "google"}

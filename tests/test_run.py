@@ -27,6 +27,7 @@ from data import pack
 from model import AlexNet
 from recipe import Schedule, make_optimizer
 from utils import UserError
+from watch import Watch
 
 
 @pytest.mark.parametrize("stop", [5, 6, 8])
@@ -162,7 +163,7 @@ def test_a_death_between_log_and_checkpoint_leaves_one_line_an_epoch(store, tmp_
     already, and is written anew."""
     out, options = tmp_path / "run", ("--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(train.Watch, "decide", lambda _, step, save_every: (15 if step == 6 else 0, False))
+        patch.setattr(Watch, "decide", lambda _, step, save_every: (15 if step == 6 else 0, False))
         assert run(store, out, *options) == 143
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_last", lambda _: 1 / 0)

@@ -24,6 +24,7 @@ from data.store import Store
 from kernels import FastDropout, multiplies_bf16
 from model import AlexNet
 from utils import UserError
+from watch import Watch
 
 BF16 = pytest.mark.skipif(not multiplies_bf16(torch.device("cpu")), reason="this processor emulates bf16: too slow")
 
@@ -273,14 +274,14 @@ def test_a_diverging_run_stops_with_step_and_rate(store, tmp_path):
 
 def test_a_warning_does_nothing_to_a_terminal(capsys):
     """What a config.json or a checkpoint says is printed, too."""
-    train.Watch(torch.device("cpu")).warn("this run had: \x1b[31mred\u202e")
+    Watch(torch.device("cpu")).warn("this run had: \x1b[31mred\u202e")
     assert capsys.readouterr().err == "warning: this run had: \\x1b[31mred\\u202e\n"
 
 
 def test_a_plateau_is_warned_of_once(store, capsys):
     """A mean loss within 1% of ln(classes) after 500 steps, and only then."""
     stuck = types.SimpleNamespace(batch_size=16)
-    a_run, watch = runs.Training(stuck, store, None, None, None, ""), train.Watch(torch.device("cpu"))
+    a_run, watch = runs.Training(stuck, store, None, None, None, ""), Watch(torch.device("cpu"))
     a_run.state.step_in_epoch = 20
     for step, loss, warnings in ((480, 1.0, 0), (500, 0.98, 0), (520, 1.0, 1), (540, 1.005, 0)):
         a_run.state.step = step
