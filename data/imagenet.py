@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.pictures import ENDINGS
+from data.pictures import ENDINGS, say
 from data.trees import (
     UNLABELLED,
     Source,
@@ -188,13 +188,13 @@ def _train_pictures(path: Path) -> Iterator[tuple[str, str, int, int]]:
         for name, offset, size in _members(path, file, 0, path.stat().st_size):
             wnid = Path(name).stem
             if Path(name).suffix != ".tar":
-                print(f"{path}: {name} is no class's tar and is skipped", flush=True)
+                say(f"{path}: {name} is no class's tar and is skipped")
                 continue
             for picture, inside, length in _members(f"{path}: {name}", file, offset, size):
                 if Path(picture).suffix.lower() in ENDINGS:
                     yield wnid, picture.removeprefix("./"), inside, length
                 else:
-                    print(f"{path}: {name}: {picture} is not named like a picture and is skipped", flush=True)
+                    say(f"{path}: {name}: {picture} is not named like a picture and is skipped")
             progress.update((offset + size >> 20) - progress.done)
 
 
@@ -269,7 +269,7 @@ def _members(what, file, start: int, size: int) -> Iterator[tuple[str, int, int]
                     raise damaged
                 last = member.offset
                 if member.islnk() or member.issym() or member.issparse():
-                    print(f"{what}: {member.name} is a link or sparse and is skipped", flush=True)
+                    say(f"{what}: {member.name} is a link or sparse and is skipped")
                 elif member.isreg():
                     yield member.name, start + member.offset_data, member.size
             tar.fileobj.seek(tar.offset)

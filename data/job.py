@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.manifest import FORMAT
-from data.pictures import Files, pixels
+from data.pictures import Files, pixels, say
 from data.trees import Source
 from utils import UserError, shown
 
@@ -137,7 +137,7 @@ def forget_repaired(job: Job, numbers: range) -> None:
                     pixels(part.pictures[skipped["row"]], job.source.channels)
                     job.forget(split, number)
                     name = shard_name(split, number)
-                    print(f"{skipped['picture']} can be read now: {name} is packed again", flush=True)
+                    say(f"{skipped['picture']} can be read now: {name} is packed again")
                     break
 
 
@@ -151,4 +151,4 @@ def tidy(job: Job, numbers: range) -> None:
     for split, number in every:
         if number in numbers and (split, number) not in kept:
             shutil.rmtree(job.store / shard_name(split, number), ignore_errors=True)
-    print(f"{len(kept)} of {len(every)} shards are kept in {shown(job.building)}; the same command goes on", flush=True)
+    say(f"{len(kept)} of {len(every)} shards are kept in {shown(job.building)}; the same command goes on")

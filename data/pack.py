@@ -22,7 +22,7 @@ from data import sources
 from data.encode import CHUNK, Moments, encode_chunk
 from data.job import Job, agree, forget_repaired, refuse_place, shard_name, tidy
 from data.manifest import CODECS, FORMAT, MANIFEST, MEAN, SHORTER_SIDE, checksum, file_entry
-from data.pictures import Files, printable
+from data.pictures import Files, say
 from data.pool import in_order, start_pool
 from data.store import ShardWriter, Store, names_file
 from data.trees import UNLABELLED, VAL
@@ -114,7 +114,7 @@ def pack(
         refuse_place(job)
         agree(job)
         try:
-            print(f"packing {source.name} into {shown(out)} ({job.size} x {job.size} pixels, {job.codec})", flush=True)
+            say(f"packing {source.name} into {shown(out)} ({job.size} x {job.size} pixels, {job.codec})")
             forget_repaired(job, range(first, last))
             with start_pool(workers) as pool:
                 resumed = not _write(job, pool, range(first, last))
@@ -124,12 +124,12 @@ def pack(
             tidy(job, range(first, last))
             raise
     store = Store(out)
-    print(f"packed  {_summary(store)}", flush=True)
+    say(f"packed  {_summary(store)}")
     for split, kinds in store.manifest["repaired"].items():
         counts = ", ".join(f"{kind['count']:,} {word}" for word, kind in kinds.items())
-        print(f"repaired in {split}: {counts}", flush=True)
+        say(f"repaired in {split}: {counts}")
     for line in about_classes(source):
-        print(printable(line), flush=True)
+        say(line)
     return store
 
 
@@ -255,7 +255,7 @@ def _complete(job: Job, pool, lock, resumed: bool) -> bool:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        print("finished; other processes are still at work, and the last one makes the store", flush=True)
+        say("finished; other processes are still at work, and the last one makes the store")
         return False
     if job.out.exists():
         return True
@@ -263,7 +263,7 @@ def _complete(job: Job, pool, lock, resumed: bool) -> bool:
     entries = {split: [job.finished(split, n) for n in range(job.shards)] for split in job.source.splits}
     missing = sorted({n for part in entries.values() for n, entry in enumerate(part) if not entry})
     if missing:
-        print(f"finished; shards {', '.join(map(str, missing))} of {job.shards} are missing still", flush=True)
+        say(f"finished; shards {', '.join(map(str, missing))} of {job.shards} are missing still")
         return False
     for split, part in entries.items():
         skipped = [one for entry in part for one in entry["skipped"]]

@@ -38,6 +38,11 @@ def printable(name: str) -> str:
     return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
+def say(text: str) -> None:
+    """Print a line that may hold such names, at once."""
+    print(printable(text), flush=True)
+
+
 @dataclass(frozen=True)
 class File:
     """A picture that is still a file, or a member of an uncompressed tar: `size` bytes from `offset` of `path`.

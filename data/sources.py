@@ -17,7 +17,7 @@ import numpy as np
 
 from data import imagenet
 from data.guard import limited
-from data.pictures import printable
+from data.pictures import printable, say
 from data.trees import Source, Split, caffe_lists, image_folder
 from utils import UserError, one_line, shown
 
@@ -220,7 +220,7 @@ def _fetch(name: str, url: str, allowed: bool, fetch, places: list[Path]) -> Non
     reason = _unreachable(url)
     if reason:
         raise Unavailable(f"{name} is not in {where}, and its server cannot be reached ({reason}); {way_out}")
-    print(f"downloading {name} to {shown(places[0])}", flush=True)
+    say(f"downloading {name} to {shown(places[0])}")
     try:
         fetch()
     except (RuntimeError, OSError) as error:
@@ -309,7 +309,7 @@ def _hdf5(path: Path, name: str) -> Source:
         why = one_line(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as a data set ({why}); data/README.md has its form") from None
     if "val" not in splits:
-        print(f"{path} has no val/: its test/ drives the learning rate instead", flush=True)
+        say(f"{path} has no val/: its test/ drives the learning rate instead")
         splits["val"] = splits.pop("test")
     small = max(shape[1:3]) < 128
     channels = 1 if len(shape) == 3 else 3

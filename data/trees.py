@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.pictures import ENDINGS, MAX_BYTES, Files
+from data.pictures import ENDINGS, MAX_BYTES, Files, say
 from utils import UserError
 
 ILSVRC = Path(__file__).parent / "ilsvrc.txt"
@@ -74,9 +74,9 @@ def file_source(name: str, keys: list[str], splits: dict[str, Split], words: dic
         for split, part in splits.items():
             count, expected = len(part.labels), ILSVRC_COUNTS[split]
             if count != expected:
-                print(f"{split} has {count:,} of ILSVRC-2012's {expected:,} pictures", flush=True)
+                say(f"{split} has {count:,} of ILSVRC-2012's {expected:,} pictures")
         if tuple(keys) != ilsvrc_wnids():
-            print("the lists number ImageNet's classes in another order than published checkpoints do", flush=True)
+            say("the lists number ImageNet's classes in another order than published checkpoints do")
     return Source(name, [names.get(key, key) for key in keys], splits, 256, "jpeg", 3, wnids)
 
 
@@ -102,8 +102,7 @@ def pictures_below(folder: str | Path) -> list[str]:
             member = name if inside == "." else f"{inside}/{name}"
             (found if os.path.splitext(name)[1].lower() in ENDINGS else others).append(member)
     if others:
-        print(f"{folder}: {len(others)} files are not named like pictures and are skipped (first: {min(others)})",
-              flush=True)
+        say(f"{folder}: {len(others)} files are not named like pictures and are skipped (first: {min(others)})")
     return found
 
 
@@ -115,7 +114,7 @@ def _walk(top: str, seen: set) -> Iterator[tuple[str, list[str]]]:
         folder = ahead.pop()
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
-            print(f"{folder} leads to where the search comes from or was already, and is skipped", flush=True)
+            say(f"{folder} leads to where the search comes from or was already, and is skipped")
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
@@ -149,8 +148,7 @@ def image_folder(root: Path, val: float | None = None) -> Source:
         raise UserError(f"{folders['train']} has no class folders; expected {_expected(root)}")
     others = sorted(set(subfolders(root)) - {folder.name for folder in folders.values() if folder})
     if others and folders["train"] != root:
-        print(f"{root}: {len(others)} folders are not called train, val or test and are skipped (first: {others[0]})",
-              flush=True)
+        say(f"{root}: {len(others)} folders are not called train, val or test and are skipped (first: {others[0]})")
     splits = {}
     for split, folder in folders.items():
         if folder is None:
@@ -159,8 +157,7 @@ def image_folder(root: Path, val: float | None = None) -> Source:
         if split == "test" and not set(found) & set(classes):
             members = pictures_below(folder)
             if members:
-                print(f"{folder} has no class folders as train/ has: its {len(members)} pictures are taken as "
-                      "unlabelled", flush=True)
+                say(f"{folder} has no class folders as train/ has: its {len(members)} pictures are taken as unlabelled")
                 splits[split] = file_split(folder, members, [UNLABELLED] * len(members))
             continue
         if found != classes:
@@ -192,7 +189,7 @@ def divided(folder: Path, members: list[str], labels: list[int], fraction: float
             raise UserError(f"{folder} has no class with two different pictures: none can be spared for validation")
         chosen = {min(set(share) - kept, key=share.__getitem__)}
     aside = [i in chosen for i in first]
-    print(f"{folder} has no validation pictures: {sum(aside):,} of {len(members):,} are set aside for that", flush=True)
+    say(f"{folder} has no validation pictures: {sum(aside):,} of {len(members):,} are set aside for that")
 
     def part(wanted: bool) -> Split:
         mine = [i for i in range(len(members)) if aside[i] == wanted]
@@ -243,8 +240,7 @@ def class_members(folder: Path, classes: list[str]) -> tuple[list[str], list[int
     """The pictures of FOLDER/CLASS/..., as paths relative to FOLDER, and their labels."""
     loose = [p.name for p in folder.iterdir() if p.is_file() and p.suffix.lower() in ENDINGS and p.name[0] != "."]
     if loose:
-        print(f"{folder}: {len(loose)} pictures lie in no class folder and are skipped (first: {min(loose)})",
-              flush=True)
+        say(f"{folder}: {len(loose)} pictures lie in no class folder and are skipped (first: {min(loose)})")
     members, labels = [], []
     for label, name in enumerate(classes):
         files = pictures_below(folder / name)
@@ -272,7 +268,7 @@ def caffe_lists(root: Path) -> Source:
     for split, part in splits.items():
         if split == "test" and len(set(part.labels.tolist())) == 1:  # Caffe's test.txt of ImageNet has 0 everywhere
             part.labels[:] = UNLABELLED
-            print(f"{root / 'test.txt'} has one label for all pictures: they are taken as unlabelled", flush=True)
+            say(f"{root / 'test.txt'} has one label for all pictures: they are taken as unlabelled")
         elif part.labels.max() >= count:
             raise UserError(f"{root / split}.txt has label {part.labels.max()}, train.txt goes up to {count - 1}")
     return file_source(root.resolve().name, _keys_of_lists(root, found["train"], count), splits)

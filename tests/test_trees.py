@@ -163,10 +163,10 @@ def test_train_and_test_without_val(classes, tmp_path, capsys):
         shutil.copytree(classes, root / split)
     found = names_of(sources.find(str(root)))
     assert "are skipped" not in capsys.readouterr().out
-    for name in ("zebra", "cat"):
+    for name in ("zebra", "a\x1b[31m"):
         shutil.copytree(classes / "cat", root / name)
     assert names_of(sources.find(str(root))) == found
-    assert f"{root}: 2 folders are not called train, val or test and are skipped (first: cat)\n" in (
+    assert f"{root}: 2 folders are not called train, val or test and are skipped (first: a\\x1b[31m)\n" in (
         capsys.readouterr().out)
     assert len(found["test"]) == 120
     assert len(found["train"]) + len(found["val"]) == 120
