@@ -74,7 +74,7 @@ def resumed(args: Namespace, given: dict) -> Namespace:
     packed_from = stored.get("packed_from", {})
     if "data" in given and given["data"] not in (stored.get("data"), packed_from.get("data")):
         if not (Path(given["data"]) / MANIFEST).exists():
-            started = before("data", stored["data"])
+            started = before("data", packed_from.get("data", stored["data"]))
             raise UserError(f"--data {given['data']} is no store; {folder} was started {started}")
         stored["data"] = given["data"]  # the store was moved: settle() looks whether it is the same
     for name, value in given.items():
@@ -290,12 +290,12 @@ def settle(args, store: Store, device: torch.device, world: int) -> None:
         raise UserError(f"{worded('drops', args.drops)}: an epoch is named twice")
     if args.drops and args.lr * 10.0 ** -len(args.drops) < 1e-20:
         raise UserError(f"--drops: after {len(args.drops)} drops a learning rate of {args.lr:g} is as good as 0")
-    takes = "--image-size" if args.image_size else "the smallest net takes"
+    chosen_by = "--image-size" if args.image_size else "the smallest net takes"
     if args.image_size is None:
         args.image_size = max(SMALLEST[args.order], math.ceil(store.size * 7 / 64) * 8)  # 7/8: 64 of 72, 224 of 256
     if args.image_size > store.size:
-        takes = f"--init {args.init} takes" if args.init else takes
-        raise UserError(f"{takes} {args.image_size}: {store.path} has {store.size} x {store.size} pictures; "
+        chosen_by = f"--init {args.init} takes" if args.init else chosen_by
+        raise UserError(f"{chosen_by} {args.image_size}: {store.path} has {store.size} x {store.size} pictures; "
                         "pack them again with a larger --size")
     if args.workers is None:
         args.workers = default_workers(device)

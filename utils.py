@@ -51,12 +51,12 @@ def run_script(main) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Print one line on stderr about a UserError, OSError or Ctrl-C, in one write, so that lines of several processes
-    stay whole: print() makes two where PYTHONUNBUFFERED is set. Returns the exit status."""
+    """Print one line on stderr about a UserError, OSError (none where a reader is gone) or Ctrl-C, in one write, which
+    print() is not where PYTHONUNBUFFERED is set: lines of several processes stay whole. Returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("stopped\n")
         return 130
-    if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+    if isinstance(error, BrokenPipeError):  # the reader, `head` perhaps, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     text = " ".join(str(error).split())

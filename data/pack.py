@@ -22,7 +22,7 @@ from data import sources
 from data.encode import CHUNK, Moments, encode_chunk
 from data.job import Job, agree, forget_repaired, refuse_place, shard_name, tidy
 from data.manifest import CODECS, FORMAT, MANIFEST, MEAN, SHORTER_SIDE, checksum, file_entry
-from data.pictures import Files, say
+from data.pictures import Files, printable, say
 from data.pool import in_order, start_pool
 from data.store import ShardWriter, Store, names_file
 from data.trees import UNLABELLED, VAL
@@ -49,7 +49,7 @@ def main(argv=None) -> int:
         store = Store(args.verify)
         with start_pool(args.workers) as pool:
             verify(store, pool)
-        print(f"sound   {_summary(store)}")
+        say(f"sound   {_summary(store)}")
         return 0
     if args.only_shards and not args.shards:
         raise UserError("--only-shards says which of --shards N to pack; give both")
@@ -194,7 +194,7 @@ def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, p
             for record in done.records:
                 writer.put(rows.start + writer.count, record)
             for entry in done.skipped:
-                print(f"skipped{place}: {entry['reason']}", file=sys.stderr, flush=True)
+                print(printable(f"skipped{place}: {entry['reason']}"), file=sys.stderr, flush=True)
             skipped += done.skipped
             if skipped:
                 _stop_if_too_many(job, split, skipped_before + len(skipped), skipped[0])

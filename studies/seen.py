@@ -1,5 +1,7 @@
 """What a run's net sees, as sections of studies.report's page: each takes a folder.Run and returns HTML."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -126,7 +128,7 @@ def neighbours(run: Run) -> str:
 
 
 def percent(mean: float, half: float) -> str:
-    return f"{mean:.1f}%" + (f" ± {half:.1f}" if half == half else "")  # NaN: one picture has no interval
+    return f"{mean:.1f}%" + ("" if math.isnan(half) else f" ± {half:.1f}")  # one picture has no interval
 
 
 def small_pixels(run: Run, split: str, rows: np.ndarray) -> Tensor:

@@ -266,12 +266,16 @@ def test_damaged_names_are_one_line(run_folder, tree, tmp_path, monkeypatch, cap
         pack.main(["--verify", str(store.path)])
 
 
-def test_grey_and_colour_are_warned_of(run_folder, grey_store, capsys):
+def test_grey_and_colour_are_warned_of(run_folder, store, grey_store, tmp_path, capsys):
     """A grey net takes colour pictures, and the other way round, but hardly ever should."""
     assert test.main([str(run_folder / "best.pt"), "--data", str(grey_store.path)]) == 0
     assert f"was trained on colour pictures, those of {grey_store.path} are grey\n" in capsys.readouterr().err
     assert test.main([str(run_folder / "best.pt")]) == 0
     assert "was trained on" not in capsys.readouterr().err
+    content = load(run_folder / "best.pt")
+    torch.save(content | {"mean": content["mean"][:, :, :1].clone()}, tmp_path / "grey.pt")
+    assert test.main([str(tmp_path / "grey.pt"), "--data", str(store.path)]) == 0
+    assert f"was trained on grey pictures, those of {store.path} are colour\n" in capsys.readouterr().err
 
 
 def test_other_class_names_are_warned_of(run_folder, tmp_path, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy_layers as ref
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, environment
 from PIL import Image
 
 import checkpoints
@@ -85,12 +85,12 @@ def test_a_message_is_one_write(error, line, monkeypatch):
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # of which the pipe holds some until the end
-def test_a_reader_that_has_seen_enough(lines):
+def test_a_reader_that_has_closed_the_pipe(lines):
     """`| head` ends a script without a word, with the status that a shell gives for SIGPIPE."""
     main = f"lambda _: sys.stdin.read() or [print(n) for n in range({lines})] and 0"
     code = f"import sys, utils; utils.run_script({main})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, env=environment(PYTHONUNBUFFERED=""))
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == ""
