@@ -145,7 +145,7 @@ def test_empty_arguments_are_told(tmp_path):
     [
         ("photos/", [], "has no folder train/; expected"),
         ("photos/cat/", [], "cat holds no pictures"),
-        ("photos/cat/x.png", [], "has one picture a class"),
+        ("photos/cat/x.png", [], "has no class with two different pictures"),
         ("photos/train/cat/x.png", ["--val", "2"], "--val: 2 is not a number"),
         ("", ["--val", "0.1"], "no such folder"),
         ("", [], "no such folder"),
