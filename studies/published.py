@@ -5,7 +5,8 @@
     python -m studies.published --tables              train nothing, print the tables of all rows
 
 A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again on that
-kind of device and in that precision; one that was stopped goes on where it was. Several of these commands can run at
+kind of device and in that precision; one that was stopped goes on where it was. Each model of GPU is a kind, and all
+processors together are one: their sums differ in rounding alone. Several of these commands can run at
 once; a net is trained by one of them. The nets lie in checkpoints/published/. CIFAR-10 and Fashion-MNIST are downloaded
 where they are not on disk; rows whose pictures are missing are left out. Imagenette, Imagewoof and Tiny ImageNet have
 to lie in data/downloads/ as train/CLASS/ and test/CLASS/, the latter being what their authors call val/. A row of the
@@ -14,6 +15,7 @@ were tested as one, too, or the earliest. The choice of the epoch follows the va
 the learning rate does, too; the test pictures are read when a net is finished, and not before.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -57,7 +59,7 @@ class Row(NamedTuple):
 class Machine(NamedTuple):
     """What nets are comparable on."""
 
-    device: str  # its name, as in the lines
+    kind: str  # a GPU's name, or CPU
     precision: str
 
 
@@ -97,6 +99,7 @@ ROWS = {
     "cifar10-256": Row("CIFAR-10 enlarged to 256, crops of 224, 30 epochs", [*LARGE, *THIRTY], 1, PACK_LARGE),
 }
 CENTER, TEN_CROP = "center_error", "ten-crop_error"
+CPU = "CPU"
 
 
 class Idea(NamedTuple):
@@ -150,17 +153,17 @@ def finished(name: str) -> dict[Machine, dict[int, dict]]:
     found = defaultdict(dict)
     for e in read_log(RESULTS):
         if e.get("row") == name and "seed" in e:
-            found[Machine(e["device"], e["precision"])][e["seed"]] = e
+            found[Machine(e["kind"], e["precision"])][e["seed"]] = e
     return found
 
 
 def machine_of(device: torch.device, precision: str) -> Machine:
-    return Machine(environment(device)["device"], precision)
+    return Machine(torch.cuda.get_device_name(device) if device.type == "cuda" else CPU, precision)
 
 
 def folder(name: str, seed: int, machine: Machine) -> Path:
     """Where a net of this kind of device lies; its log has the same name."""
-    words = re.sub(r"[^a-z0-9]+", "-", f"{machine.device} {machine.precision}".lower())
+    words = re.sub(r"[^a-z0-9]+", "-", f"{machine.kind} {machine.precision}".lower())
     return checkpoints.FOLDER / "published" / f"{name}-{seed}-{words}"
 
 
@@ -187,7 +190,7 @@ def make_net(name: str, row: Row, seed: int, device: torch.device, precision: st
         LOGS.mkdir(parents=True, exist_ok=True)
         copy = LOGS / f"{place.name}.jsonl"
         write_text(copy, "".join(json.dumps(e) + "\n" for e in log))
-        entry = about(name, row, seed, out) | {"pictures": store.counts, "log": copy.name}
+        entry = about(name, row, seed, out) | {"kind": machine.kind, "pictures": store.counts, "log": copy.name}
         if diverged:
             append_line(RESULTS, entry | {"diverged": diverged})
             return 0
@@ -262,14 +265,14 @@ def test_together(name: str, row: Row, device: torch.device, precision: str) -> 
         if not all((run / "best.pt").exists() for run in runs):
             print(f"{name}: its nets are no longer in {places[0].parent}; they can't be tested as one")
             return
-        entry = {"row": name, "together": row.seeds, "precision": precision}
+        entry = {"row": name, "together": row.seeds, "kind": machine.kind, "precision": precision}
         append_line(RESULTS, entry | {TEN_CROP: test_error(row, runs, device, ten_crop=True)} | environment(device))
 
 
 def together(name: str, machine: Machine) -> float | None:
     """The error of a row's nets as one model."""
     found = [e for e in read_log(RESULTS) if e.get("row") == name and "together" in e]
-    errors = [e[TEN_CROP] for e in found if Machine(e["device"], e["precision"]) == machine]
+    errors = [e[TEN_CROP] for e in found if Machine(e["kind"], e["precision"]) == machine]
     return errors[-1] if errors else None
 
 
@@ -312,10 +315,10 @@ def error_table() -> list[str]:
         lines.append(
             f"| {row.what} | {spread_of(nets, CENTER)} | {spread_of(nets, TEN_CROP)} | "
             f"{'' if one is None else f'{one:.2f}'} | {spread_of(nets, 'train_top1_error')} | "
-            f"{len(nets)} of {row.seeds}{diverged_said(name, machine)} | {machine.device}, {machine.precision} |"
+            f"{len(nets)} of {row.seeds}{diverged_said(name, machine)} | {made_on(nets)} |"
         )
-    gone = [f"{name} with seed {seed} on {machine.device}" for name in ROWS
-            for machine, nets in finished(name).items() for seed, e in nets.items() if "diverged" in e]
+    gone = [f"{name} with seed {seed} on {e['device']}" for name in ROWS
+            for nets in finished(name).values() for seed, e in nets.items() if "diverged" in e]
     return [*lines, *(["", f"diverged: {', '.join(gone)}"] if gone else [])]
 
 
@@ -331,18 +334,25 @@ def idea_table() -> list[str]:
         if not pairs:
             lines.append(f"| {name} | {idea.paper} | not measured yet{said} | | | | |")
             continue
-        gains = [without - with_it for without, with_it in pairs]
-        means = " | ".join(mean_and_spread(errors) for errors in zip(*pairs, strict=True))
+        errors = [(without[CENTER], with_it[idea.tested_with]) for without, with_it in pairs]
+        gains = [without - with_it for without, with_it in errors]
+        means = " | ".join(mean_and_spread(column) for column in zip(*errors, strict=True))
         by_seed = ", ".join(f"{gain:+.2f}" for gain in gains) + said
         lines.append(f"| {name} | {idea.paper} | {means} | {by_seed} | {verdict(gains)} | "
-                     f"{machine.device}, {machine.precision} |")
+                     f"{made_on(itertools.chain(*pairs))} |")
     return lines
 
 
-def pairs_on(machine: Machine, idea: Idea) -> list[tuple[float, float]]:
-    """Errors without and with an idea, of nets with the same seed that were made on one machine."""
+def pairs_on(machine: Machine, idea: Idea) -> list[tuple[dict, dict]]:
+    """Nets without and with an idea, with the same seed, that were made on one kind of machine."""
     without, with_it = ({e["seed"]: e for e in sound(finished(row)[machine])} for row in (idea.before, idea.after))
-    return [(without[s][CENTER], with_it[s][idea.tested_with]) for s in without if s in with_it]
+    return [(without[s], with_it[s]) for s in without if s in with_it]
+
+
+def made_on(nets) -> str:
+    """The devices of nets of one precision, for a cell."""
+    nets = list(nets)
+    return f"{' and '.join(sorted({e['device'] for e in nets}))}, {nets[0]['precision']}"
 
 
 def spread_of(nets: list[dict], key: str) -> str:

@@ -8,7 +8,7 @@ import torch
 import checkpoints
 import test
 import train
-from checkpoints.run import locked, read_log
+from checkpoints.run import environment, locked, read_log
 from data import pack
 from data.store import Store
 from studies import half, published
@@ -120,7 +120,8 @@ def test_a_net_that_diverged_is_a_line_too(small, monkeypatch, capsys):
     monkeypatch.setattr(train, "main", diverge)
     published.main(["base", *CPU])
     assert [e["diverged"][:8] for e in read_log(published.RESULTS)] == ["the loss"] * 2  # and none of both together
-    assert f"diverged: base with seed 0 on {HERE.device}, base with seed 1 on {HERE.device}" in capsys.readouterr().out
+    name = environment(torch.device("cpu"))["device"]
+    assert f"diverged: base with seed 0 on {name}, base with seed 1 on {name}" in capsys.readouterr().out
     assert len(list(published.LOGS.iterdir())) == 2
     assert published.error_table()[2] == "| small | not measured yet | | | | 0 of 2, 2 diverged | |"
     assert published.idea_table()[3] == "| ten crops | 1.5 | not measured yet, 2 diverged without | | | | |"
@@ -173,13 +174,13 @@ def test_tables_show_one_machine_and_precision(small, monkeypatch):
     def lines(*made):
         return [
             {"row": row, "seed": seed, "center_error": error, "ten-crop_error": error - 1, "train_top1_error": 1.0,
-             "device": "here", "precision": precision}
+             "device": "here", "kind": "CPU", "precision": precision}
             for row, seed, error, precision in made
         ]
 
     found = lines(("base", 0, 10.0, "bf16"), ("plain", 0, 12.0, "bf16"), ("base", 1, 11.0, "bf16"),
                   ("plain", 1, 19.0, "fp32"))
-    found += [{"row": "base", "together": 2, "ten-crop_error": 8.0, "device": "here", "precision": p}
+    found += [{"row": "base", "together": 2, "ten-crop_error": 8.0, "kind": "CPU", "precision": p}
               for p in ("bf16", "fp32")]
     monkeypatch.setattr(published, "read_log", lambda path: found)
     assert published.idea_table()[-2:] == [
@@ -195,6 +196,18 @@ def test_tables_show_one_machine_and_precision(small, monkeypatch):
     assert published.error_table()[-2].startswith("| small | 10.00 ± 0.00 | 9.00 ± 0.00 | 8.00 |")
 
 
+def test_processors_are_one_kind_and_named(small, monkeypatch):
+    """Nets that different CPUs made are pairs and one row, which names the CPUs; those of a GPU are others."""
+    errors = {"center_error": 10.0, "ten-crop_error": 9.0, "train_top1_error": 1.0, "precision": "bf16"}
+    found = [errors | {"row": row, "seed": seed, "device": device, "kind": kind} for row, seed, device, kind in (
+        ("base", 0, "EPYC", "CPU"), ("base", 1, "Xeon", "CPU"), ("plain", 0, "Xeon", "CPU"),
+        ("base", 0, "GPU A", "GPU A"), ("plain", 1, "GPU A", "GPU A"))]
+    monkeypatch.setattr(published, "read_log", lambda path: found)
+    assert published.error_table()[-2].endswith("| 2 of 2 | EPYC and Xeon, bf16 |")
+    assert published.idea_table()[-2] == (
+        "| LRN | 1.4 | 10.00 | 10.00 | +0.00 | too few seeds | EPYC and Xeon, bf16 |")
+
+
 def test_another_precision_is_another_net(small, monkeypatch):
     """A line of one machine and precision does not keep another from training."""
     calls = []
@@ -205,8 +218,8 @@ def test_another_precision_is_another_net(small, monkeypatch):
 
     monkeypatch.setattr(published, "train_net", stopped)
     published.RESULTS.write_text(
-        '{"row": "base", "seed": 0, "device": "another", "precision": "fp32"}\n'
-        f'{{"row": "base", "seed": 0, "device": "{HERE.device}", "precision": "bf16"}}\n'
+        '{"row": "base", "seed": 0, "kind": "GPU A", "precision": "fp32"}\n'
+        f'{{"row": "base", "seed": 0, "kind": "{HERE.kind}", "precision": "bf16"}}\n'
     )
     assert published.main(["base", *CPU]) == 3
     assert published.main(["base", *CPU, "--precision", "bf16"]) == 3  # of seed 1
