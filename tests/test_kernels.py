@@ -21,7 +21,17 @@ import train
 import utils
 from data.augment import Augment, epoch_tables
 from data.loader import Loader
-from kernels import CompiledLRN, FastDropout, FastFReLU, FastLinear, FastSReLU, TorchLRN, TritonLRN, accelerate
+from kernels import (
+    CompiledLRN,
+    FastConv2d,
+    FastDropout,
+    FastFReLU,
+    FastLinear,
+    FastSReLU,
+    TorchLRN,
+    TritonLRN,
+    accelerate,
+)
 from model import AlexNet, LocalResponseNorm
 from recipe import make_optimizer
 
@@ -177,6 +187,100 @@ def test_dense_layers_leave_to_torch_what_they_must():
     assert FastLinear(4, 3).double()(torch.randn(2, 4).double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert fast(torch.randn(2, 4)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("options", "shape"), [
+    ({"kernel_size": 3, "padding": 1}, (5, 12, 3, 3)), ({"kernel_size": 3, "padding": 1, "groups": 2}, (5, 12, 3, 3)),
+    ({"kernel_size": (5, 3), "padding": (2, 0), "groups": 4}, (2, 12, 2, 4)), ({"kernel_size": 1}, (1, 12, 1, 1)),
+    ({"kernel_size": 2}, (3, 12, 4, 3)), ({"kernel_size": 3, "padding": 2}, (1, 12, 1, 1)),
+], ids=str)
+def test_convolutions_on_small_maps_equal_float64s(options, shape, layout):
+    """All derivatives, under autocast and in bfloat16 by itself; numbers are rounded once, at the end."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(12, 8, **options).bfloat16().float().to(memory_format=LAYOUTS[layout])
+    x = torch.randn(shape).bfloat16().float().contiguous(memory_format=LAYOUTS[layout])
+    exact = [t.detach().double().requires_grad_() for t in (x, plain.weight, plain.bias)]
+    expected = F.conv2d(*exact, plain.stride, plain.padding, groups=plain.groups)
+    g = torch.randn(expected.shape).bfloat16()
+    expected = expected, *torch.autograd.grad(expected, exact, g.double())
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        fast = as_fast(plain).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            wanted = x.to(dtype).requires_grad_(), fast.weight, fast.bias
+            got = fast(wanted[0])
+        assert "_Convolution" in type(got.grad_fn).__name__
+        got = got, *torch.autograd.grad(got, wanted, g)
+        for one, right in zip(got, expected, strict=True):
+            assert one.shape == right.shape
+            assert ((one - right).abs() <= right.abs() / 256 + 1e-5 * right.abs().max()).all()
+
+
+def as_fast(conv: nn.Conv2d) -> FastConv2d:
+    fast = copy.deepcopy(conv)
+    fast.__class__ = FastConv2d
+    return fast
+
+
+@pytest.mark.parametrize(("options", "shape"), [
+    ({"kernel_size": 3, "padding": 1}, (2, 4, 3, 4)), ({"kernel_size": 3, "padding": "same"}, (2, 4, 3, 3)),
+    ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (2, 4, 3, 3)),
+    ({"kernel_size": 3, "padding": 1, "stride": 2}, (2, 4, 3, 3)),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2}, (2, 4, 3, 3)),
+    ({"kernel_size": 3, "padding": 1, "bias": False}, (2, 4, 3, 3)),
+    ({"kernel_size": 3, "padding": 1}, (0, 4, 3, 3)), ({"kernel_size": 3, "padding": 1}, (4, 3, 3)),
+], ids=str)
+def test_other_convolutions_are_left_to_torch(options, shape):
+    plain, x = nn.Conv2d(4, 6, **options).bfloat16(), torch.randn(shape).bfloat16()
+    y = as_fast(plain)(x)
+    assert "_Convolution" not in type(y.grad_fn).__name__
+    assert torch.equal(y, plain(x))
+
+
+def test_float32_and_nets_that_do_not_learn_are_left_to_torch():
+    fast, x = as_fast(nn.Conv2d(4, 6, 3, padding=1)), torch.randn(2, 4, 3, 3)
+    assert not fast.fits(x, x.dtype)
+    with torch.no_grad():
+        assert not fast.fits(x, torch.bfloat16)
+    with pytest.raises(RuntimeError):  # as torch's layer: the channels are others
+        fast.bfloat16()(torch.randn(2, 3, 3, 3).bfloat16())
+    with pytest.raises(RuntimeError):  # kernels larger than the picture
+        fast.bfloat16()(torch.randn(2, 4, 0, 3).bfloat16())
+
+
+def test_torch_compile_takes_convolutions_in_bf16_whole():
+    torch.manual_seed(0)
+    net = AlexNet(10, image_size=64, dropout=0)
+    net.conv3, net.conv4, net.conv5 = map(as_fast, (net.conv3, net.conv4, net.conv5))
+    images, grads = 50 * torch.randn(4, 3, 64, 64), []
+    for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(images).sum()
+        loss.backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).abs().max() <= 0.02 * one.abs().max()
+
+
+def test_convolutions_are_swapped_where_bf16_is_fast(fresh):
+    """In a step at 64 pixels conv3 to conv5 have the other derivative."""
+    net = AlexNet(4, image_size=64)
+    fresh.setattr(kernels, "multiplies_bf16", lambda device: False)
+    accelerate(net)
+    assert type(net.conv4) is nn.Conv2d
+    fresh.setattr(kernels, "multiplies_bf16", lambda device: True)
+    accelerate(net)
+    assert type(net.conv4) is FastConv2d
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(50 * torch.randn(2, 3, 64, 64)).sum()
+    names, left = [], {loss.grad_fn}
+    while left:
+        node = left.pop()
+        names.append(type(node).__name__)
+        left |= {after for after, _ in node.next_functions if after}
+    assert names.count("_ConvolutionBackward") == 3
+    assert names.count("ConvolutionBackward0") == 2
 
 
 @pytest.mark.parametrize(
@@ -439,18 +543,20 @@ def test_a_dense_product_that_computes_something_else_is_not_used(fresh, wrong):
     assert type(net.fc6) is nn.Linear
 
 
-@pytest.mark.parametrize("kind", [TorchLRN, FastFReLU, FastSReLU])
+@pytest.mark.parametrize("kind", [TorchLRN, FastFReLU, FastSReLU, FastConv2d])
 def test_derivatives_that_are_wrong_are_not_used(fresh, kind):
-    """The check of what is written in torch's operations: off by a thousandth, in the derivative alone."""
+    """The check of what is written in torch's operations: off by a little more than it allows, in the derivative."""
     assert kernels.difference(kind) == ""
     forget()
-    function = kernels._LRN if kind is TorchLRN else kernels._Rectify
+    fresh.setattr(kernels, "multiplies_bf16", lambda device: True)
+    function = {TorchLRN: kernels._LRN, FastConv2d: kernels._Convolution}.get(kind, kernels._Rectify)
+    factor = 1.05 if kind is FastConv2d else 1.001
     backward = function.backward
     fresh.setattr(function, "backward", lambda *args: tuple(
-        g if g is None else 1.001 * g for g in backward(*args)
+        g if g is None else factor * g for g in backward(*args)
     ))
-    plain = kernels.EXAMPLES[kind][0]
-    net = nn.Sequential(plain())
+    plain, options, _ = kernels.EXAMPLES[kind]
+    net = nn.Sequential(plain(**options))
     fresh.setenv("CC", "no-such-compiler")
     accelerate(net)
     assert type(net[0]) is plain
