@@ -305,7 +305,7 @@ class _Convolution(torch.autograd.Function):
 
         grad weight = G.T @ X;   the other two are torch's
 
-    oneDNN multiplies along the rows of a map, which it fills up with zeros to 32 places.
+    oneDNN's own takes a time for each row of a map, however short that is.
     """
 
     @staticmethod
