@@ -6,8 +6,8 @@
                     CPU, in pieces that stay in the cache
     dense layers    on a CPU oneDNN's product instead of MKL's, which leaves half of an AMD processor with AVX-512
                     unused (without it both are as fast); float32
-    convolutions    on a CPU in bfloat16, for maps of at most 3 x 3 places (conv3 to conv5 at 64 pixels), the derivative
-                    for the weights as a product of two matrices
+    convolutions    on a CPU in bfloat16, where their maps have at most 3 x 3 positions (conv3 to conv5 at 64 pixels):
+                    the weights' gradient by a product of two matrices
     dropout         on a CPU masks of random bits, in a twentieth of bernoulli_'s time
     FReLU, SReLU    the derivative written out: like a ReLU, they keep their output alone
     ReLU, ELU       in place, in an AlexNet: no other layer of it needs what they overwrite
@@ -55,10 +55,10 @@ CHANNELS, WIDEST = 1024, 15
 # windows of 5; of 9 up to 146, of 15 up to 233, without spilling).
 TILE_PIXELS, TILE_CHANNELS, WARPS = 16, 32, 4
 
-# The largest map, in places, whose convolution has another derivative for the weights. Those of conv3 to conv5 with a
-# batch of 128, two threads, ms by oneDNN and by it: on 3 x 3 places with AMX 41 and 8, without 53 and 40; on 4 x 4
-# places 44 and 13, 64 and 70.
-PLACES = 9
+# The most positions of a map for which FastConv2d computes the weights' gradient. For conv3 to conv5, a batch of 128
+# and two threads oneDNN takes 41 ms with AMX and 53 without at 3 x 3 positions, FastConv2d 8 and 40; at 4 x 4 positions
+# oneDNN takes 44 and 64 ms, FastConv2d 13 and 70.
+POSITIONS = 9
 
 # LRN in torch's operations takes this many numbers at a time on a CPU. Its temporary tensors have to be smaller than
 # 2 MB: from there on torch aligns them for large pages, and unless glibc keeps what is freed (memory.keep does
@@ -276,36 +276,39 @@ dense.register_autograd(_derive_dense, setup_context=lambda ctx, inputs, output:
 
 
 class FastConv2d(nn.Conv2d):
-    """nn.Conv2d, with another derivative for its weights where the map that it makes is small."""
+    """nn.Conv2d, with the weights' gradient by a product of two matrices where its map is small."""
 
     dtypes = (torch.bfloat16,)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not self.fits(x, dtype):
+        if not self.fits(x):
             return super().forward(x)
-        tensors = [t.to(dtype) for t in (x, self.weight, self.bias)]
+        tensors = [t.to(torch.bfloat16) for t in (x, self.weight, self.bias)]
         return _Convolution.apply(*tensors, self.padding, self.groups)
 
-    def fits(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether the other derivative is to be had for x, convolved in `dtype`, and pays."""
-        if x.device.type != "cpu" or dtype not in self.dtypes or not torch.is_grad_enabled() or self.bias is None:
+    def fits(self, x: Tensor) -> bool:
+        """Whether x is convolved in bfloat16, to a map that is small enough, by weights that learn."""
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or self.bias is None or not self.weight.requires_grad:
+            return False
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        dtypes = {x.dtype, self.weight.dtype, self.bias.dtype}
+        if not (dtypes <= {torch.float32, torch.bfloat16} if autocast else dtypes == {torch.bfloat16}):
             return False
         if x.ndim != 4 or not x.numel() or (self.stride, self.dilation) != ((1, 1), (1, 1)):
             return False
-        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+        if self.padding_mode != "zeros" or not isinstance(self.padding, tuple):
             return False
         sides = zip(x.shape[2:], self.padding, self.kernel_size, strict=True)
-        return math.prod([side + 2 * padding - window + 1 for side, padding, window in sides]) <= PLACES
+        return math.prod([side + 2 * padding - window + 1 for side, padding, window in sides]) <= POSITIONS
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution with a stride of 1. With X the windows of the input, a row for each place of each map, and G the
-    gradient that arrives, a row of filters for each:
+    """A convolution with a stride of 1. With X the windows of the inputs, a row for each position of each map, and G
+    the gradient that arrives, a row of filters for each:
 
-        grad weight = G.T @ X;   the other two are torch's
+        grad weight = G.T @ X;   grad bias = the sum of G's rows;   grad x is torch's
 
-    oneDNN's own takes a time for each row of a map, however short that is.
+    oneDNN takes for grad weight a time by the rows of a map, however short these are.
     """
 
     @staticmethod
@@ -324,10 +327,10 @@ class _Convolution(torch.autograd.Function):
         height, width = g.shape[2:]
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
         rows, parts = g.permute(0, 2, 3, 1).flatten(0, 2), []
-        for ours, seen in zip(rows.chunk(groups, 1), padded.chunk(groups, 3), strict=True):
+        for group, inputs in zip(rows.chunk(groups, 1), padded.chunk(groups, 3), strict=True):
             shifts = itertools.product(*map(range, weight.shape[2:]))
-            windows = torch.cat([seen[:, top : top + height, left : left + width] for top, left in shifts], 3)
-            parts.append(ours.t() @ windows.flatten(0, 2))
+            windows = torch.cat([inputs[:, top : top + height, left : left + width] for top, left in shifts], 3)
+            parts.append(group.t() @ windows.flatten(0, 2))
         grad = torch.cat(parts).unflatten(1, (*weight.shape[2:], -1)).permute(0, 3, 1, 2)
         return grad_x, grad, rows.sum(0), None, None
 

@@ -196,7 +196,8 @@ def test_dense_layers_leave_to_torch_what_they_must():
     ({"kernel_size": 2}, (3, 12, 4, 3)), ({"kernel_size": 3, "padding": 2}, (1, 12, 1, 1)),
 ], ids=str)
 def test_convolutions_on_small_maps_equal_float64s(options, shape, layout):
-    """All derivatives, under autocast and in bfloat16 by itself; numbers are rounded once, at the end."""
+    """All gradients, under autocast and in bfloat16 by itself. What is computed here is rounded once, at the end; the
+    gradient of x is torch's, which is less exact where there is no AVX-512."""
     torch.manual_seed(0)
     plain = nn.Conv2d(12, 8, **options).bfloat16().float().to(memory_format=LAYOUTS[layout])
     x = torch.randn(shape).bfloat16().float().contiguous(memory_format=LAYOUTS[layout])
@@ -211,9 +212,10 @@ def test_convolutions_on_small_maps_equal_float64s(options, shape, layout):
             got = fast(wanted[0])
         assert "_Convolution" in type(got.grad_fn).__name__
         got = got, *torch.autograd.grad(got, wanted, g)
-        for one, right in zip(got, expected, strict=True):
+        for i, (one, right) in enumerate(zip(got, expected, strict=True)):
             assert one.shape == right.shape
-            assert ((one - right).abs() <= right.abs() / 256 + 1e-5 * right.abs().max()).all()
+            largest = right.abs().max()
+            assert ((one - right).abs() <= (0.01 * largest if i == 1 else right.abs() / 256 + 1e-5 * largest)).all()
 
 
 def as_fast(conv: nn.Conv2d) -> FastConv2d:
@@ -237,22 +239,37 @@ def test_other_convolutions_are_left_to_torch(options, shape):
     assert torch.equal(y, plain(x))
 
 
-def test_float32_and_nets_that_do_not_learn_are_left_to_torch():
+def test_other_dtypes_and_weights_that_do_not_learn_are_left_to_torch():
     fast, x = as_fast(nn.Conv2d(4, 6, 3, padding=1)), torch.randn(2, 4, 3, 3)
-    assert not fast.fits(x, x.dtype)
-    with torch.no_grad():
-        assert not fast.fits(x, torch.bfloat16)
-    with pytest.raises(RuntimeError):  # as torch's layer: the channels are others
-        fast.bfloat16()(torch.randn(2, 3, 3, 3).bfloat16())
-    with pytest.raises(RuntimeError):  # kernels larger than the picture
-        fast.bfloat16()(torch.randn(2, 4, 0, 3).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast.fits(x)
+        assert fast.fits(x.bfloat16())
+        assert not fast.fits(x.double())
+        with torch.no_grad():
+            assert not fast.fits(x)
+        fast.weight.requires_grad_(False)
+        assert not fast.fits(x)
+        fast.weight.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        assert not fast.fits(x)
+    assert not fast.fits(x)
+    assert not fast.fits(x.bfloat16())
+    for shape in ((2, 3, 3, 3), (2, 4, 0, 3)):  # as torch's layer: other channels; kernels larger than the picture
+        with pytest.raises(RuntimeError):
+            fast.bfloat16()(torch.randn(shape).bfloat16())
+    fast.padding = 1
+    assert fast(x.bfloat16()).shape == (2, 6, 3, 3)
 
 
 def test_torch_compile_takes_convolutions_in_bf16_whole():
     torch.manual_seed(0)
     net = AlexNet(10, image_size=64, dropout=0)
     net.conv3, net.conv4, net.conv5 = map(as_fast, (net.conv3, net.conv4, net.conv5))
-    images, grads = 50 * torch.randn(4, 3, 64, 64), []
+    images, grads, graphs = 50 * torch.randn(4, 3, 64, 64), [], []
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(net, backend=lambda graph, _: graphs.append(graph.code) or graph, fullgraph=True)(images)
+    assert graphs[0].count(" = torch.ops.higher_order.autograd_function_apply(") == 3
+    torch.compiler.reset()
     for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
@@ -545,7 +562,7 @@ def test_a_dense_product_that_computes_something_else_is_not_used(fresh, wrong):
 
 @pytest.mark.parametrize("kind", [TorchLRN, FastFReLU, FastSReLU, FastConv2d])
 def test_derivatives_that_are_wrong_are_not_used(fresh, kind):
-    """The check of what is written in torch's operations: off by a little more than it allows, in the derivative."""
+    """The check of what is written in torch's operations: off by five times what it allows or more, backwards."""
     assert kernels.difference(kind) == ""
     forget()
     fresh.setattr(kernels, "multiplies_bf16", lambda device: True)
