@@ -3,7 +3,7 @@ over."""
 
 import math
 import os
-from argparse import Action, ArgumentTypeError, Namespace
+from argparse import Action, ArgumentTypeError, BooleanOptionalAction, Namespace
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,7 +28,8 @@ INIT_DEFAULTS = {"epochs": 30, "lr": 0.001}  # weights that have learnt already 
 FEW, FEW_BATCH = 2560, 32  # fewer training pictures than 20 batches of 128
 # With --resume.
 CHANGEABLE = {
-    "epochs", "max_steps", "workers", "device", "download", "checkpoint_minutes", "skip_bad_records", "out", "resume",
+    "epochs", "max_steps", "workers", "device", "compile", "download", "checkpoint_minutes", "skip_bad_records", "out",
+    "resume",
 }
 # AlexNet's options, by their names there. --init brings them with it.
 NET = (
@@ -237,7 +238,8 @@ def _add_machine(group) -> None:
                        help="the fast parts of kernels.py; auto: those that agree with model.py on this machine; on: "
                        "stop where LRN, or on a CPU the dense layers, have none; off: model.py alone "
                        "(default: %(default)s)")
-    group.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
+    group.add_argument("--compile", action=BooleanOptionalAction, default=False,
+                       help="use torch.compile (needs a C++ compiler)")
     group.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
     group.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
     group.add_argument("--checkpoint-minutes", type=number(0), default=10, metavar="M",

@@ -335,8 +335,8 @@ def require_compiler(device: torch.device) -> None:
         torch.compile(torch.neg)(torch.zeros(8, device=device))
     except RuntimeError as error:  # the base of all that Dynamo and Inductor raise
         reason = utils.one_line(error).partition(" Set TORCH")[0]
-        raise UserError(f"--compile: torch.compile does not work here ({reason}); install what it needs, or start "
-                        "without the option") from None
+        raise UserError(f"--compile: torch.compile does not work here ({reason}); install what it needs, or train "
+                        "with --no-compile") from None
 
 
 def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:

@@ -71,9 +71,26 @@ def test_compile_without_a_compiler_is_one_line_and_leaves_nothing(store, tmp_pa
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=without)
     assert done.returncode == 2
     assert re.search(r"^error: --compile: torch.compile does not work here \(.*compiler.*\); install what it needs, or "
-                     r"start without the option$", done.stderr, re.MULTILINE)
+                     r"train with --no-compile$", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_compiled_run_goes_on_where_there_is_no_compiler(store, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    arguments = [str(a) for a in command(store, out, "--compile", "--max-steps", 1)[2:]]
+    monkeypatch.setattr(train, "require_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    assert train.main(arguments) == 0
+
+    def none_here(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", none_here)
+    with pytest.raises(UserError, match="or train with --no-compile"):
+        train.main(["--resume", "--out", str(out), "--max-steps", "2"])
+    assert train.main(["--resume", "--out", str(out), "--max-steps", "2", "--no-compile"]) == 0
 
 
 @pytest.mark.parametrize("size", [63, 64])
