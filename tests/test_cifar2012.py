@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from numpy_layers import convolution, lrn, relu
 from PIL import Image
 
@@ -297,6 +298,19 @@ def test_a_net_that_was_stopped_ends_as_one_that_was_not(study, monkeypatch, cap
     printed = capsys.readouterr().out
     assert f"| 13pct | 13% | {line['error']['ten']:.2f}% (n = 1) |" in printed
     assert "| 11pct | 11% | not measured yet | | | |" in printed
+
+
+def test_the_guide_has_what_it_prints():
+    """results/README.md has the table of the nets of 130 epochs, as it is."""
+    lines = read_log(ROOT / "results" / "cifar2012.jsonl")
+    found = [e for e in lines if (e["epochs"], e["precision"]) == (130, "bf16")]
+    for table in cifar2012.table(found).split("\n\n"):
+        assert table in (ROOT / "results" / "README.md").read_text()
+    for e in found:
+        name = "-".join(str(e[key]) for key in cifar2012.KEY)
+        log = read_log(ROOT / "results" / "2026-11-27-cifar2012" / f"{name}.jsonl")
+        assert len(log) == e["epochs"]
+        assert log[-1]["train_top1_error"] == e["train_top1_error"]
 
 
 def test_table_compares_nets_of_one_seed():
