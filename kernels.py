@@ -308,7 +308,7 @@ class _Convolution(torch.autograd.Function):
 
         grad weight = G.T @ X;   grad bias = the sum of G's rows;   grad x is torch's
 
-    oneDNN takes for grad weight a time by the rows of a map, however short these are.
+    oneDNN's time for grad weight goes by the rows of a map, however short these are.
     """
 
     @staticmethod

@@ -6,10 +6,10 @@
 
 A finished net is a line in results/nets.jsonl, its log a file in results/nets/, and it is not trained again on that
 kind of device and in that precision; one that was stopped goes on where it was. Each model of GPU is a kind, and all
-processors together are one: their sums differ in rounding alone. Several of these commands can run at
-once; a net is trained by one of them. The nets lie in checkpoints/published/. CIFAR-10 and Fashion-MNIST are downloaded
-where they are not on disk; rows whose pictures are missing are left out. Imagenette, Imagewoof and Tiny ImageNet have
-to lie in data/downloads/ as train/CLASS/ and test/CLASS/, the latter being what their authors call val/. A row of the
+processors together are one: their sums differ in rounding alone. Several of these commands can run at once; a net is
+trained by one of them. The nets lie in checkpoints/published/. CIFAR-10 and Fashion-MNIST are downloaded where they are
+not on disk; rows whose pictures are missing are left out. Imagenette, Imagewoof and Tiny ImageNet have to lie in
+data/downloads/ as train/CLASS/ and test/CLASS/, the latter being what their authors call val/. A row of the
 tables shows the nets of one kind of device and one precision: those of which there are the most; of several, those that
 were tested as one, too, or the earliest. The choice of the epoch follows the validation pictures, and with all defaults
 the learning rate does, too; the test pictures are read when a net is finished, and not before.
