@@ -25,6 +25,7 @@ import processes
 import utils
 from checkpoints import describe_net, freeze, load_checkpoint, new_net, take_weights
 from checkpoints.run import (
+    State,
     Training,
     append_line,
     environment,
@@ -136,7 +137,7 @@ def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: Wat
     pictures, stop = None, 0
 
     model.train()
-    watch.start_epoch()
+    watch.start_epoch(state.seconds)
     progress = Progress(label, run.steps_per_epoch * args.batch_size, start=done, silent=watch.rank > 0)
     with progress, closing(train.batches(mine, tables, args.image_size)) as batches:
         for samples in mine:
@@ -202,8 +203,9 @@ def check_finite(run: Training, loss_sum: float) -> None:
 
 
 def take_totals(run: Training, sums, watch: Watch) -> None:
-    """Put the sums over all processes into the state."""
+    """Put the sums over all processes, and the time, into the state."""
     run.state.loss_sum, run.state.wrong = watch.total(sums).tolist()
+    run.state.seconds = watch.seconds()
     check_finite(run, run.state.loss_sum)
 
 
@@ -249,7 +251,7 @@ def finish_epoch(run: Training, entry: dict, watch: Watch) -> None:
     if whole:
         better = schedule.update(entry["val_top1_error"], entry["epoch"])
         set_rate(run.optimizer, schedule.lr)
-        state.epoch, state.step_in_epoch, state.loss_sum, state.wrong = state.epoch + 1, 0, 0.0, 0.0
+        run.state = State(state.step, state.epoch + 1)
     entry |= watch.times()
     if found := entry.get("replaced_records"):
         watch.warn_once(f"{len(found)} replaced", f"damaged records, replaced by others: {', '.join(found)}")

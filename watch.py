@@ -57,9 +57,14 @@ class Watch:
             self.warned.add(about)
             self.warn(text)
 
-    def start_epoch(self) -> None:
+    def start_epoch(self, earlier: float) -> None:
+        """earlier: the seconds of this epoch until the run was stopped in it."""
         self.started = self.saved = time.monotonic()
-        self.waited = 0.0
+        self.earlier, self.waited = earlier, 0.0
+
+    def seconds(self) -> float:
+        """Of the epoch so far, those before it was resumed included."""
+        return self.earlier + time.monotonic() - self.started
 
     @contextmanager
     def waiting(self):
@@ -75,9 +80,9 @@ class Watch:
         self.speed = {"images_per_second": images / seconds, "stall": 100 * self.waited / seconds}
 
     def times(self) -> dict:
-        """images_per_second and stall, the percentage of the time that went into waiting for pictures, of the training;
-        the seconds since the epoch's start."""
-        return self.speed | {"seconds": time.monotonic() - self.started}
+        """images_per_second and stall, the percentage of the time that went into waiting for pictures, of the training
+        since the epoch was begun or resumed; the seconds of the whole epoch."""
+        return self.speed | {"seconds": self.seconds()}
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:
         """Sums over all processes."""

@@ -34,14 +34,15 @@ LOGGED = ("epoch", "step", "lr", "train_loss", "train_top1_error", "val_loss", "
 
 @dataclass
 class State:
-    """Where a run stands. step: optimiser steps since its start; epoch: epochs finished; step_in_epoch, loss_sum and
-    wrong: steps, and sums over the images, of the epoch under way."""
+    """Where a run stands. step: optimiser steps since its start; epoch: epochs finished; step_in_epoch, loss_sum,
+    wrong and seconds: steps, sums over the images and time of the epoch under way."""
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     loss_sum: float = 0.0
     wrong: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass

@@ -40,7 +40,7 @@ STATE = ("epoch", "step", "loss_sum", "wrong")
 @dataclass
 class Run:
     """A run under way. epoch: epochs finished; step: since the start; loss_sum, wrong: over the images of the epoch
-    under way, as of the last look."""
+    under way, as of the last look; seconds: its training so far."""
 
     folder: Path
     store: Store
@@ -55,6 +55,7 @@ class Run:
     step: int = 0
     loss_sum: float = 0.0
     wrong: float = 0.0
+    seconds: float = 0.0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,14 +84,14 @@ def fit(run: Run, watch: Watch) -> bool:
     train, val = (Loader(run.store, split, run.inputs.device, resident=True) for split in ("train", "val"))
     train.images = framed(train.images, run.store.mean.mean((0, 1)), run.frame)
     while run.epoch < len(run.lrs) and not watch.received:
-        began = time.monotonic()
         for group in run.optimizer.param_groups:
             group["lr"] = run.lrs[run.epoch] * group["scale"]
         speed = train_epoch(run, train, watch)
         if watch.received:
             break
-        entry = validate(run, val, watch) | speed | {"seconds": time.monotonic() - began}
-        run.epoch, run.loss_sum, run.wrong = run.epoch + 1, 0.0, 0.0
+        began = time.monotonic()
+        entry = validate(run, val, watch) | speed | {"seconds": run.seconds + time.monotonic() - began}
+        run.epoch, run.loss_sum, run.wrong, run.seconds = run.epoch + 1, 0.0, 0.0, 0.0
         print(f"epoch {run.epoch:>3}/{len(run.lrs)}  lr {entry['lr']:g}  train error {entry['train_top1_error']:.2f}%  "
               f"val error {entry['val_top1_error']:.2f}%  {entry['images_per_second']:.0f} images/s", flush=True)
         append_line(run.folder / "log.jsonl", entry)
@@ -111,6 +112,7 @@ def train_epoch(run: Run, train: Loader, watch: Watch) -> dict:
     batches = train.batches(plan, tables, SIDE)
     sums = torch.tensor([run.loss_sum, run.wrong], dtype=torch.float64, device=train.device)
     started, saved, waited = time.monotonic(), time.monotonic(), 0.0
+    before = run.seconds
 
     run.net.train()
     label, total = f"epoch {run.epoch + 1}/{len(run.lrs)}", steps * BATCH
@@ -131,12 +133,14 @@ def train_epoch(run: Run, train: Loader, watch: Watch) -> dict:
             looking = run.step % LOOK_EVERY == 0
             progress.update(BATCH, look(run, sums) if looking else "")
             if looking and time.monotonic() - saved > SAVE_SECONDS:
+                run.seconds = before + time.monotonic() - started
                 save(run)
                 saved = time.monotonic()
             if watch.received:
                 break
     look(run, sums)
     seconds = time.monotonic() - started
+    run.seconds = before + seconds
     return {"images_per_second": (run.step - first) * BATCH / seconds, "stall": 100 * waited / seconds}
 
 
@@ -235,7 +239,7 @@ def start(folder: Path, store: Store, device, network: str, act: str, optimizer_
 def save(run: Run) -> None:
     checkpoints.save_checkpoint(run.folder / "last.pt", {
         "model": run.net.state_dict(), "optimizer": run.optimizer.state_dict(), "config": run.net.config,
-        "fingerprint": run.store.fingerprint, **{name: getattr(run, name) for name in STATE},
+        "fingerprint": run.store.fingerprint, "seconds": run.seconds, **{name: getattr(run, name) for name in STATE},
     })
 
 
@@ -250,7 +254,7 @@ def load(run: Run) -> None:
             raise ValueError(f"{last['config']}, store {last['fingerprint'][:8]}")
         run.net.load_state_dict(last["model"])
         run.optimizer.load_state_dict(last["optimizer"])
-        vars(run).update({name: last[name] for name in STATE})
+        vars(run).update({name: last[name] for name in STATE}, seconds=last.get("seconds", 0.0))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         where = shown(run.folder / "last.pt")
         raise UserError(f"{where} is of another net or store ({one_line(error)}); {anew}") from None

@@ -118,7 +118,8 @@ def test_inputs_are_normalised_colour_by_colour(channels, tmp_path):
 
 def test_a_run_that_was_stopped_or_killed_is_the_unbroken_one(home, monkeypatch, capsys):
     """SIGTERM in the midst of the second of three epochs; then a death without any notice in the third, after the
-    checkpoint of every few minutes was written there."""
+    checkpoint of every few minutes was written there. The second epoch's seconds include those before the stop, which
+    the test makes 1,000 more."""
     assert study(home, "--epochs", "3") == 0
     whole, log = home / "checkpoints" / "frelu" / "sample-3" / "smallnet-bn-frelu-0", results(home)
     monkeypatch.setattr(checkpoints, "FOLDER", home / "again")
@@ -127,20 +128,26 @@ def test_a_run_that_was_stopped_or_killed_is_the_unbroken_one(home, monkeypatch,
         interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert study(home, "--epochs", "3") == 143
     assert results(home) == []
+    parts = home / "again" / "frelu" / "sample-3" / "smallnet-bn-frelu-0"
+    stopped = torch.load(parts / "last.pt", weights_only=True)
+    assert 0 < stopped["seconds"] < 100
+    torch.save(stopped | {"seconds": stopped["seconds"] + 1000}, parts / "last.pt")
     with monkeypatch.context() as patch:
         interrupt(patch, 3, raise_interrupt)
         patch.setattr(loop, "LOOK_EVERY", 1)
         patch.setattr(loop, "SAVE_SECONDS", 0)
         with pytest.raises(KeyboardInterrupt):
             study(home, "--epochs", "3")
-    parts = home / "again" / "frelu" / "sample-3" / "smallnet-bn-frelu-0"
-    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 5
+    killed = torch.load(parts / "last.pt", weights_only=True)
+    assert killed["step"] == 5
+    assert 0 < killed["seconds"] < 100
     assert study(home, "--epochs", "3") == 0
     assert_same_study_run(whole, parts)
     assert results(home) == log
     lines = read_log(whole / "log.jsonl")
     assert [entry["lr"] for entry in lines] == [0.1, 0.1, 0.1 / 10]
     assert [entry["epoch"] for entry in lines] == [1, 2, 3]
+    assert [entry["seconds"] // 1000 for entry in read_log(parts / "log.jsonl")] == [0, 1, 0]
     capsys.readouterr()
     interrupt(monkeypatch, 1, raise_interrupt)
     assert study(home, "--epochs", "3") == 0  # trains nothing

@@ -41,6 +41,24 @@ def test_stop_and_resume_equals_an_unbroken_run(store, ten_steps, tmp_path, stop
     assert numbers(out) == numbers(ten_steps)
 
 
+def test_an_epochs_seconds_include_those_before_a_stop(store, tmp_path):
+    """Of a run stopped in mid-epoch, whose checkpoint is made to say that the epoch had taken 1,000 seconds by then;
+    one of before they were kept counts from its resuming on."""
+    run(store, tmp_path, "--max-steps", 4)
+    last = load(tmp_path / "last.pt")
+    assert 0 < last["state"]["seconds"] < 100
+    for before in (1000.0, None):
+        state = last["state"] | {"seconds": before}
+        if before is None:
+            del state["seconds"]
+        torch.save(last | {"state": state}, tmp_path / "last.pt")
+        resume(tmp_path, "--max-steps", 9)
+        first, second = (entry["seconds"] for entry in runs.read_log(tmp_path / "log.jsonl"))
+        assert (before or 0) < first < (before or 0) + 100
+        assert 0 < second < 100
+        assert 0 < load(tmp_path / "last.pt")["state"]["seconds"] < 100
+
+
 def test_what_a_run_leaves_behind(store, run_folder):
     files = ["best.pt", "config.json", "conv1.npy", "curves.png", "last.pt", "log.jsonl", "previous.pt"]
     assert sorted(p.name for p in run_folder.iterdir()) == files
