@@ -82,7 +82,10 @@ class Run:
             raise LeftOut(f"the net, {self.arguments['network']}, is not one of train.py's")
         if not (self.path / "best.pt").exists():
             raise LeftOut("there is no best.pt, which train.py writes when an epoch is over")
-        net, views, checkpoint = load_member(self.path / "best.pt", self.device)
+        try:
+            net, views, checkpoint = load_member(self.path / "best.pt", self.device)
+        except UserError as error:
+            raise LeftOut(f"the net can't be loaded: {error}") from None
         self.seen = watch_features(net)
         accelerate(net)
         return net, views, checkpoint

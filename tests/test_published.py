@@ -11,7 +11,7 @@ import train
 from checkpoints.run import environment, locked, read_log
 from data import pack
 from data.store import Store
-from studies import half, published
+from studies import half, published, report
 from utils import Diverged, UserError
 
 CPU = ["--device", "cpu"]
@@ -141,7 +141,8 @@ def test_what_a_kill_leaves_does_not_stand_in_the_way(small):
 
 
 def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
-    """Trained by train.py's loop, stopped and resumed as its runs are; its checkpoint is not taken for AlexNet's."""
+    """Trained by train.py's loop, stopped and resumed as its runs are; its checkpoint is not taken for AlexNet's, and
+    its page has what its log says."""
     net = half.halved(1000, 224)
     assert sum(p.numel() for p in net.parameters()) == 59_798_312
     assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
@@ -165,6 +166,10 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
         assert found == line[published.TEN_CROP if crops else published.CENTER]
     with pytest.raises(UserError, match="unknown net half"):
         test.errors([run / "best.pt"], Store(store.path))
+    assert report.main([str(run), "--device", "cpu"]) == 0  # of its log
+    said = (run / "report.html").read_text()
+    assert said.count("<img") == 3
+    assert "unknown net half" in said
 
 
 def test_tables_show_one_machine_and_precision(small, monkeypatch):
