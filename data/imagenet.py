@@ -206,6 +206,8 @@ def _pictures(path: Path) -> Iterator[tuple[str, int, int]]:
             if Path(name).suffix.lower() in ENDINGS:
                 count += 1
                 yield name.removeprefix("./"), offset, size
+            else:
+                say(f"{path}: {name} is not named like a picture and is skipped")
     if not count:
         raise UserError(f"{path} holds no pictures")
 

@@ -77,11 +77,6 @@ def streaming(store, out, *more):
     )
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """The files below a folder, by their paths."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def damage(folder, split, *indices):
     """Flip a bit in the pixels of these records."""
     file = folder / f"{split}-00000" / "data.mdb"

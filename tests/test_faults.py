@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_source
-from helpers import content
 from PIL import Image
 from test_pictures import ODD
 
@@ -25,6 +24,7 @@ from benchmarks.faults import __main__ as campaign
 from benchmarks.faults import imagenet_files as small
 from benchmarks.faults import inputs, mutate, training
 from benchmarks.faults.mutate import mutated
+from benchmarks.faults.packing import content
 from data import pack, sources
 
 KILLS = 20

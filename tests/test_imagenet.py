@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, content
+from helpers import ROOT
 
 import test as testing
 from benchmarks.faults import imagenet_files as small
+from benchmarks.faults.packing import content
 from data import imagenet, pack, sources
 from data.trees import Split, ilsvrc_wnids
 from utils import UserError
@@ -288,12 +289,12 @@ def test_a_long_tar_needs_no_object_for_each_picture(places):
 
 
 def test_what_is_there_twice_or_is_a_link_is_not_passed_over(places, tmp_path, capsys):
-    """A tar to which a file was appended again, a picture of the same name elsewhere, a hard link."""
+    """A tar to which a file was appended again, a picture of the same name elsewhere, a hard link, a text."""
     root = copied(places, "official", tmp_path)
     val, train = root / "ILSVRC2012_img_val.tar", root / "ILSVRC2012_img_train.tar"
     pictures = {name: data for name, (_, data) in small.files()["val"].items()}
     first, *_, last = sorted(pictures)
-    whole = val.read_bytes()
+    whole = small.tar_bytes(pictures | {"readme.txt": b"nothing to see"})
     val.write_bytes(small.tar_bytes({name: data for name, data in pictures.items() if name != last}
                                     | {f"val/{first}": pictures[first]}))
     with pytest.raises(UserError, match="has 999 pictures, the development kit 1000 labels"):
@@ -307,7 +308,9 @@ def test_what_is_there_twice_or_is_a_link_is_not_passed_over(places, tmp_path, c
         link.type, link.linkname = tarfile.LNKTYPE, "n01440764.tar"
         tar.addfile(link)
     sources.find(str(root))
-    assert "n00000000.tar is a link or sparse and is skipped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "n00000000.tar is a link or sparse and is skipped" in said
+    assert "ILSVRC2012_img_val.tar: readme.txt is not named like a picture and is skipped" in said
     with tarfile.open(train, "a") as tar:
         again = small.tar_bytes({"n01440764_18.JPEG": pictures[first]})
         info = tarfile.TarInfo("n01440764.tar")

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import pytest
 from conftest import pictures, small_source
-from helpers import ROOT, content
+from helpers import ROOT
 from PIL import Image
 
+from benchmarks.faults.packing import content
 from data import pack, sources
 from data.manifest import file_entry
 from utils import UserError
@@ -118,7 +119,7 @@ def test_a_shard_that_another_process_packs_is_refused(tmp_path, monkeypatch):
     assert "finished; other processes are still at work" in seen[1][1]
 
 
-def test_machines_with_other_options_or_pictures_make_no_store(tmp_path, capfd):
+def test_machines_with_other_options_or_pictures_make_no_store(tmp_path):
     """Nothing was finished when the second began, so neither is refused before its end."""
     agree = pack.agree
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +171,7 @@ def test_one_percent_is_of_the_split_whoever_packs_it(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_hdf5_file_that_was_replaced_is_noticed(tmp_path, monkeypatch):
+def test_an_hdf5_file_that_was_replaced_is_noticed(tmp_path):
     def file(count):
         with h5py.File(tmp_path / "x.h5", "w") as h5:
             h5.attrs["classes"] = ["a", "b"]
@@ -186,7 +187,7 @@ def test_an_hdf5_file_that_was_replaced_is_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["no sums", "sums", "records", "unused byte"])
-def test_finished_shards_that_rot_on_the_disk_are_packed_again(tmp_path, monkeypatch, damage):
+def test_finished_shards_that_rot_on_the_disk_are_packed_again(tmp_path, damage):
     """Cut off, they are not called finished; with a flipped bit it comes out at the end, and the next run mends it."""
     unbroken = pack.pack(small_source(), tmp_path / "unbroken", shards=2)
     assert pack.pack(small_source(), tmp_path / "out", shards=2, only=(0, 1)) is None
@@ -216,7 +217,7 @@ def test_leftovers_that_are_no_shards_do_no_harm(tmp_path):
     assert not building.exists()
 
 
-def test_a_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_is_one_line(tmp_path):
     """While pictures are encoded, and while a checksum is made."""
     for function in ("encode_chunk", "file_entry"):
         with pytest.MonkeyPatch.context() as patch:
