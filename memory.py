@@ -1,5 +1,5 @@
-"""What becomes of the memory that torch takes and frees in each step on a CPU. Imports nothing of the project. Both
-functions speak to glibc; with other C libraries they do nothing."""
+"""What becomes of the memory that torch takes and frees in each step on a CPU. Imports nothing of the project. What
+both functions tell glibc has no effect with other C libraries."""
 
 import ctypes
 import os

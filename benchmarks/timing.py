@@ -88,7 +88,7 @@ def copy_rate(device: torch.device, numbers: int = 1 << 26) -> float:
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second in the fastest of ten products of square matrices, 2048 wide on a CPU and
-    8192 on a GPU; on a CPU by oneDNN, if this torch has it."""
+    8192 on a GPU; on a CPU the faster of torch's and oneDNN's, if this torch has the latter."""
     width = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     contenders = {"torch": lambda: a @ b}

@@ -16,7 +16,7 @@ the 11pct file's own account, used for all four nets. With fewer --epochs the fi
 other two keep the 10 epochs that the file names down to 130 epochs, and are a thirteenth each of fewer. Pictures come
 in an order that is the same in every epoch, as in cuda-convnet; which of them are held out, and the order, is drawn
 once, the same for all runs. A seed decides the weights at the start, the crops and the mirroring. The test pictures are
-read when a net is finished.
+looked at when a net is finished.
 
 A finished net is a line in --out and is not trained again; one that was stopped, in any way, goes on where its last
 epoch began and ends in the same weights. Nets stay in checkpoints/cifar2012/, and with another --out are tested, not
