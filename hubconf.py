@@ -6,7 +6,7 @@ from pathlib import Path
 
 dependencies = ["torch"]
 FOLDER = Path(__file__).resolve().parent
-OURS = {"checkpoints", "data", "kernels", "model", "recipe", "utils"}
+OURS = {"checkpoints", "data", "model", "utils"}
 _loaded: dict = {}  # our modules by name, while others of the same names are in their place
 
 

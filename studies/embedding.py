@@ -56,8 +56,8 @@ def main(argv=None) -> int:
             raise UserError(f"{act} diverged: {error}. Another --seed may do better") from None
         if watch.received:
             return 128 + watch.received
-        found[act] = embed(run.net, store, device)
-        print(f"{act}: {report(act, run.net, *found[act])}")
+        units, _, error = found[act] = embed(run.net, store, device)
+        print(f"{act}: {report(act, run.net, units, error)}")
     draw_embedding(out, found, store)
     print(f"drawn: {shown(out)}")
     return 0
@@ -84,7 +84,7 @@ def embed(net: torch.nn.Module, store: Store, device: torch.device) -> tuple[np.
     return torch.cat(units).cpu().numpy(), torch.cat(labels).cpu().numpy(), 100 * wrong / len(loader)
 
 
-def report(act: str, net: torch.nn.Module, units: np.ndarray, labels: np.ndarray, error: float) -> str:
+def report(act: str, net: torch.nn.Module, units: np.ndarray, error: float) -> str:
     dead = dead_units(units)
     said = [f"test error {error:.2f}%", f"{len(dead) or 'no'} dead unit{'s' * (len(dead) != 1)}"]
     said += [f"unit {number + 1} gives {units[0, number]:.3f} for all {len(units):,} pictures" for number in dead]

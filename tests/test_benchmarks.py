@@ -215,7 +215,7 @@ def test_peers_read_the_same_pictures(kind, tmp_path, monkeypatch):
                 assert near <= (0.01 if "simplejpeg" in name or codec == "raw" else 3), (name, label)
 
 
-def test_more_in_a_batch_than_there_are(capsys):
+def test_more_in_a_batch_than_there_are():
     with pytest.raises(UserError, match="less than a batch"):
         loader.main(["--count", "100", "--batch", "200"])
     assert pictures(6001, 64).shape == (6001, 3, 64, 64)  # the sample has 6,000

@@ -433,7 +433,7 @@ def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study
     assert not list((study / "figure1").rglob("last.pt"))
 
 
-def test_seeds_that_never_got_there_are_shown(study, capsys):
+def test_seeds_that_never_got_there_are_shown(study):
     lines = [
         {"activation": act, "lr": 0.001, "seed": seed, "epochs": 9, "precision": "fp32", "reached": reached,
          "part_errors": [90 - 65 * (i + 0.5) / 5 / (reached or 20) for i in range(46)]}

@@ -389,7 +389,7 @@ def test_other_ways_to_save_torchvisions_weights(torchvision_file, from_torchvis
 
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(100), b"\x93NUMPY"])
 @pytest.mark.parametrize("suffix", [".npy", ".binaryproto"])
-def test_bad_means_are_named(caffe_file, tmp_path, content, suffix):
+def test_bad_means_are_named(tmp_path, content, suffix):
     mean = tmp_path / f"mean{suffix}"
     mean.write_bytes(content)
     with pytest.raises(UserError, match="mean"):

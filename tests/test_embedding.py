@@ -105,7 +105,7 @@ def test_an_embedding_that_diverges_says_what_to_do(small_pictures, tmp_path, mo
         embed(tmp_path, small_pictures, monkeypatch)
 
 
-def test_many_classes_have_colours_of_their_own(small_pictures, tmp_path, drawn):
+def test_many_classes_have_colours_of_their_own(tmp_path, drawn):
     """A legend names them; more than 20 are told apart by a scale, and the panels keep their width."""
     for count in (1, 10, 11, 100):
         assert len({str(colour) for colour in common.colours(count)}) == count

@@ -157,7 +157,7 @@ def test_a_worker_that_is_killed_is_one_line(store, monkeypatch):
         list(loader.batches([np.arange(8)]))
 
 
-def test_too_little_shared_memory_is_told(store, monkeypatch):
+def test_too_little_shared_memory_is_told(store):
     """Two batches ahead for each worker; no word where there are no workers, or nothing to stream."""
     free = shutil.disk_usage(SHARED).free
     streamed = Loader(store, "train", workers=3, resident=False)

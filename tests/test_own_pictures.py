@@ -133,7 +133,7 @@ def test_sizes_and_folders_that_no_store_holds(stores, store, tmp_path):
         train.main(["--data", str(tmp_path / "loop")])
 
 
-def test_empty_arguments_are_told(tmp_path):
+def test_empty_arguments_are_told():
     for script in ("train.py", "test.py"):
         command = [sys.executable, script, "--data", ""]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

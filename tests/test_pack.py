@@ -147,7 +147,7 @@ def test_verify_finds_one_flipped_bit(tmp_path):
         pack.main(["--verify", str(store.path)])
 
 
-def test_an_existing_folder_is_left_alone(tmp_path, store):
+def test_an_existing_folder_is_left_alone(store):
     before = files(store)
     with pytest.raises(UserError, match="exists"):
         pack.pack(small_source(), store.path)

@@ -370,7 +370,7 @@ def test_hdf5_whose_links_are_damaged_is_one_line(tmp_path):
         sources.find(str(path))
 
 
-def test_packed_files_that_unpack_to_more_than_they_may_are_damaged(no_network, tmp_path):
+def test_packed_files_that_unpack_to_more_than_they_may_are_damaged(no_network):
     """300 MB of zeros in 300 KB."""
     raw = sources.DOWNLOADS / "FashionMNIST/raw"
     raw.mkdir(parents=True)

@@ -172,7 +172,7 @@ def test_folders_without_pictures_are_one_line(run_folder, tmp_path):
         test.main([best, "--images", str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")])
 
 
-def test_features_and_confusion_of_a_data_set(run_folder, store, tmp_path, capsys):
+def test_features_and_confusion_of_a_data_set(run_folder, store, tmp_path):
     arrays, picture = tmp_path / "f.npz", tmp_path / "c.png"
     test.main([str(run_folder / "best.pt"), "--features", str(arrays), "--confusion", str(picture)])
     model, _ = checkpoints.load_model(run_folder / "best.pt")

@@ -16,7 +16,7 @@ from data import pack, sources, trees
 from utils import UserError
 
 
-def test_names_that_are_no_lines_of_text_stay_in_step(tree, tmp_path, capsys):
+def test_names_that_are_no_lines_of_text_stay_in_step(tree, tmp_path):
     """Line separators of every kind and bytes that are no UTF-8, in names of pictures: one name a picture."""
     names = ["a\rb", "c\x0cd", "e\x85f", "g\u2028h", "i\nj", "k\udcffl", "caf\u00e9"]
     for name in names:
@@ -95,7 +95,7 @@ def test_folders_of_other_names_are_found_and_doubts_are_said(tree, capsys):
         sources.find(str(tree))
 
 
-def test_lists_say_what_is_wrong_with_them(tree, tmp_path):
+def test_lists_say_what_is_wrong_with_them(tree):
     lines = {s: [f"{c}/{n}.png {label}" for label, c in enumerate(("cat", "dog")) for n in range(3)] for s in
              ("train", "val")}
     cases = (
@@ -179,7 +179,7 @@ def test_train_and_test_without_val(classes, tmp_path, capsys):
         os.rename(classes / name, classes / "cat")
 
 
-def test_what_is_no_file_is_left_to_the_packer(classes, tmp_path):
+def test_what_is_no_file_is_left_to_the_packer(classes):
     """Neither read nor waited for when pictures are compared: a FIFO, a device, a broken link, terabytes."""
     for folder in ("cat", "big dog"):
         os.mkfifo(classes / folder / "fifo.png")

@@ -107,7 +107,7 @@ def test_a_closed_output(stream):
         2, "out\n" if stream == 2 else "", "error: bad\n" if stream == 1 else "")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback():
     def main(_):
         raise ValueError("a bug, not a user's mistake")
 
