@@ -4,6 +4,7 @@ conv1.npy, curves.png."""
 import fcntl
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -299,14 +300,14 @@ def load_last(run: Training, device: torch.device) -> str:
 
 def restored(new: State | Schedule, saved: dict) -> State | Schedule:
     """A State or Schedule with what was saved of one; settings stay the new one's. Raises ValueError for a value of
-    another type, a negative one, or one that is not a number."""
+    another type, a negative one, one that is not a number, or an infinite one where the new one's is not."""
     found = type(new)(**saved)
     for name, own in vars(new).items():
         if name in ("patience", "fixed"):
             setattr(found, name, own)
             continue
         value, kinds = getattr(found, name), (float, int) if isinstance(own, float) else type(own)
-        if not (isinstance(value, kinds) and value >= 0):
+        if not (isinstance(value, kinds) and value >= 0 and (value < math.inf or value == own)):
             raise ValueError(f"its {name} is {value!r}")
     return found
 

@@ -211,8 +211,8 @@ def test_a_checkpoint_of_another_net_is_refused(store, run_folder, tmp_path):
     ("new", "name", "value"),
     [
         (State(), "step_in_epoch", "1"), (State(), "loss_sum", []), (State(), "loss_sum", math.nan),
-        (State(), "step", -6), (Schedule(0.01, 5), "lr", math.nan), (Schedule(0.01, 5), "drops", "1"),
-        (Schedule(0.01, 5), "finished", None),
+        (State(), "step", -6), (State(), "seconds", math.inf), (Schedule(0.01, 5), "lr", math.nan),
+        (Schedule(0.01, 5), "drops", "1"), (Schedule(0.01, 5), "finished", None),
     ],
 )
 def test_what_was_saved_of_a_state_has_to_be_of_its_kind(new, name, value):
