@@ -85,6 +85,8 @@ class Run:
         try:
             net, views, checkpoint = load_member(self.path / "best.pt", self.device)
         except UserError as error:
+            if "unknown net" not in str(error):  # it is a study's own, as half is
+                raise
             raise LeftOut(f"the net can't be loaded: {error}") from None
         self.seen = watch_features(net)
         accelerate(net)
