@@ -29,7 +29,7 @@ def load(path):
 
 
 def assert_same_state(one: Path, two: Path):
-    """Weights, momentum buffers, schedule and state but for its time of two last.pt, bit for bit."""
+    """Of two last.pt, bit for bit: weights, momentum buffers, schedule, and state without its seconds."""
     a, b = load(one / "last.pt"), load(two / "last.pt")
     for part in ("step", "epoch", "best", "schedule"):
         assert a[part] == b[part]
