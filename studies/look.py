@@ -1,5 +1,6 @@
-"""What a net sees: the computations behind studies.report. Nets are in eval mode, of any kind that a checkpoint holds;
-inputs are (n, 3, S, S) float32 as the net takes them, with the mean subtracted."""
+"""What a net sees: the computations behind studies.report, and a layer's signals for studies.plateau, whose nets train;
+all others are in eval mode. Nets are of any kind that a checkpoint holds; inputs are (n, 3, S, S) float32 as the net
+takes them, with the mean subtracted."""
 
 import math
 from collections.abc import Iterable

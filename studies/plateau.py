@@ -30,6 +30,7 @@ from data.pack import named_store
 from data.store import Store
 from kernels import accelerate
 from recipe import make_optimizer
+from studies import look
 from studies.common import batches, new_figure, plain, results_file, save_figure
 from train import starting_net, train_step
 from utils import Parser, Progress, UserError, number, pick_device, run_script, whole
@@ -102,8 +103,9 @@ def read_runs(out: Path) -> list[dict]:
 
 def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: float = 0):
     """The loss of each of the first steps of train.py with these arguments (options.make_parser's, settled) and the
-    cell's choices, and layer_outputs of the first batch. Ends early where the mean of the last WINDOW steps
-    falls below stop_below, or a loss is not finite."""
+    cell's choices, and look.signals of the first batch, with dropout: in fc7 and fc8 its masks have a part in what is
+    due to the picture. Ends early where the mean of the last WINDOW steps falls below stop_below, or a loss is not
+    finite."""
     net = build(args, store, cell).to(device, memory_format=torch.channels_last)
     accelerate(net)
     optimizer = optimizer_of(net, args, cell)
@@ -112,7 +114,7 @@ def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: fl
     with Progress(f"seed {args.seed} {' '.join(map(str, cell.values()))}", args.max_steps, "steps") as progress:
         for pictures, labels in batches(args, store, loader, device):
             if not losses:
-                outputs = layer_outputs(net, pictures / scale)
+                outputs = look.signals(net.train(), pictures / scale)
                 utils.seed_all(args.seed, 1, 0)  # the first step's own masks
             loss, _ = train_step(net, optimizer, pictures / scale, labels, args.precision)
             losses.append(loss.item())
@@ -158,29 +160,6 @@ def pixel_std(store) -> float:
     """The standard deviation of the training pixels about their channel's mean, over all channels: the PCA's
     eigenvalues sum up to the channels' variances."""
     return math.sqrt(sum(store.manifest["pca"]["eigenvalues"]) / 3)
-
-
-@torch.no_grad()
-def layer_outputs(net: nn.Module, pictures) -> dict[str, list[float]]:
-    """Of each layer's linear output in training: mean, standard deviation, and how much of that is due to the
-    picture (the standard deviation over pictures of one unit, root mean square over units; in fc7 and fc8 the
-    pictures' dropout masks have their part in it)."""
-    found = {}
-
-    def note(name):
-        def hook(_layer, _input, output):
-            over_pictures = output.float().var(0, correction=0).mean().sqrt()
-            found[name] = [float(v) for v in (output.float().mean(), output.float().std(), over_pictures)]
-
-        return hook
-
-    layers = [(n, m) for n, m in net.named_children() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers]
-    net.train()
-    net(pictures)
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 def summary(losses: list[float], classes: int) -> dict:
