@@ -39,7 +39,8 @@ from watch import Watch
 # Every choice's values, train.py's first.
 CHOICES = {
     "pixels": ("0-255", "divided"),  # with the mean subtracted; divided by their standard deviation
-    "dropout": ("paper", "inverted"),  # model.Dropout; torch.nn.Dropout in the same places
+    # model.Dropout; torch.nn.Dropout in its places; nothing there; no masks, but half of every output
+    "dropout": ("paper", "inverted", "none", "halved"),
     "init": ("2012", "paper", "pytorch", "kaiming", "louder"),  # louder: paper, conv1 times the pixels' std
     "bias_rate": (2, 1),  # learning rate, times the weights'
     "bias_decay": ("no", "yes"),
@@ -128,8 +129,9 @@ def first_losses(args, store, loader: Loader, device, cell: dict, stop_below: fl
 def build(args, store, cell: dict) -> nn.Module:
     """train.py's net with the cell's dropout and initialisation."""
     net = starting_net(args, store, Watch(torch.device("cpu")))
-    if cell["dropout"] == "inverted":
-        net.drop6, net.drop7 = nn.Dropout(0.5), nn.Dropout(0.5)
+    if cell["dropout"] != "paper":
+        layer = {"inverted": nn.Dropout, "none": nn.Identity, "halved": Halved}[cell["dropout"]]
+        net.drop6, net.drop7 = layer(), layer()
     utils.seed_all(args.seed)  # as for train.py's own initialisation
     if cell["init"] in ("2012", "paper", "louder"):
         net.init_weights("2012" if cell["init"] == "2012" else "paper")
@@ -143,6 +145,13 @@ def build(args, store, cell: dict) -> nn.Module:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
     return net
+
+
+class Halved(nn.Module):
+    """What the paper's dropout gives on average, without its masks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
 
 
 def optimizer_of(net: nn.Module, args, cell: dict):
@@ -211,23 +220,29 @@ def mean_loss(runs: list[dict], step: int) -> str:
     return f"{sum(means) / len(means):.3f}" if means else "-"
 
 
+# How a figure names and marks them.
+DROPOUTS = {"paper": ("the paper's dropout", "o"), "inverted": ("inverted dropout", "^"), "none": ("no dropout", "s"),
+            "halved": ("outputs halved, no dropout", "D")}
+
+
 def draw(entries: list[dict], path: Path) -> None:
     """The loss over steps, a panel for each choice of pixels and dropout; and when the plateau is left, over how much
     of fc6's output at the start is due to the picture. A colour for each initialisation, a line or mark a run."""
-    figure, guessing = new_figure(14, 7), math.log(entries[0]["classes"])
+    rows, columns = ([v for v in CHOICES[c] if any(e[c] == v for e in entries)] for c in ("pixels", "dropout"))
+    figure, guessing = new_figure(4 + 5 * len(columns), 3 + 2 * len(rows)), math.log(entries[0]["classes"])
     figure.suptitle(f"{plain(entries[0]['dataset'])}, {entries[0]['image_size']} pixels", fontsize=11)
-    panels = figure.subplot_mosaic("ABE;CDE", width_ratios=(1, 1, 1.3))
-    names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / std",
-             "paper": "the paper's dropout", "inverted": "inverted dropout"}
-    for letter, (pixels, dropout) in zip("ABCD", itertools.product(CHOICES["pixels"], CHOICES["dropout"]), strict=True):
-        axes = panels[letter]
+    mosaic = [[f"{row} {column}" for column in columns] + ["signal"] for row in rows]
+    panels = figure.subplot_mosaic(mosaic, width_ratios=[1] * len(columns) + [1.3])
+    names = {"0-255": "pixels 0..255 minus mean", "divided": "the same / std"}
+    for pixels, dropout in itertools.product(rows, columns):
+        axes = panels[f"{pixels} {dropout}"]
         runs = [e for e in entries if (e["pixels"], e["dropout"]) == (pixels, dropout)]
         draw_losses(axes, runs)
         axes.axhline(guessing, color="0.4", ls=":", lw=1)
-        axes.set_title(f"{names[pixels]}, {names[dropout]}", fontsize=10)
+        axes.set_title(f"{names[pixels]}, {DROPOUTS[dropout][0]}", fontsize=10)
         axes.set(ylim=(0, 1.75 * guessing), xlim=(0, entries[0]["steps"]))
         axes.set(xlabel="step", ylabel="training loss (dotted: guessing)")
-    draw_signal(panels["E"], entries)
+    draw_signal(panels["signal"], entries)
     for axes in panels.values():
         axes.grid(alpha=0.3)
     save_figure(figure, path)
@@ -249,7 +264,7 @@ def draw_signal(axes, entries: list[dict]) -> None:
     stayed = 1.2 * limit
     for e in entries:
         signal = e["outputs"]["fc6"][2]
-        mark = {"marker": "o" if e["dropout"] == "paper" else "^", "color": f"C{CHOICES['init'].index(e['init'])}"}
+        mark = {"marker": DROPOUTS[e["dropout"]][1], "color": f"C{CHOICES['init'].index(e['init'])}"}
         if not e["finite"]:
             axes.plot(signal, diverged, **mark | {"marker": "x"})
         else:
@@ -257,11 +272,14 @@ def draw_signal(axes, entries: list[dict]) -> None:
     axes.axhline(limit, color="0.4", ls=":", lw=1)
     axes.set(xscale="log", yscale="log", ylim=(0.8 * diverged, 1.25 * stayed))
     axes.set(ylabel="step at which the plateau is left",
-             xlabel="fc6 at the start: standard deviation over pictures of a unit's output",
-             title="circles: the paper's dropout, triangles: inverted\nhollow: not left, cross: diverged")
+             xlabel="signal in fc6 at the start: a unit's std over pictures",
+             title="hollow: not left, cross: diverged")
+    for name, mark in (DROPOUTS[v] for v in CHOICES["dropout"] if any(e["dropout"] == v for e in entries)):
+        axes.plot([], [], mark, color="0.4", label=name)
     for init, name in enumerate(CHOICES["init"]):
-        axes.plot([], [], "s", color=f"C{init}", label=name)
-    axes.legend(title="initialisation", fontsize=8, title_fontsize=8, loc="lower left")
+        if any(e["init"] == name for e in entries):
+            axes.plot([], [], color=f"C{init}", label=f"initialisation {name}")
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def make_parser() -> Parser:

@@ -67,6 +67,10 @@ def test_plateau_cells_are_what_they_say(store):
         assert net.conv3.weight.std().item() == pytest.approx(0.03, rel=0.01) or init != "2012"
         assert isinstance(net.drop6, torch.nn.Dropout)
         assert isinstance(net.drop7, torch.nn.Dropout)
+    for dropout, share in (("none", 1.0), ("halved", 0.5)):
+        net = plateau.build(args, store, default | {"dropout": dropout}).train()
+        for layer in (net.drop6, net.drop7):
+            assert layer(torch.tensor([3.0, -1.0])).tolist() == [3 * share, -share]
     weights, biases = plateau.optimizer_of(net, args, default | {"bias_rate": 1, "bias_decay": "yes"}).param_groups
     assert (weights["lr"], weights["weight_decay"]) == (biases["lr"], biases["weight_decay"]) == (0.01, 5e-4)
     biases = plateau.optimizer_of(net, args, default).param_groups[1]
