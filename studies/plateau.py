@@ -32,6 +32,7 @@ from kernels import accelerate
 from recipe import make_optimizer
 from studies import look
 from studies.common import batches, new_figure, plain, results_file, save_figure
+from studies.variants import Halved
 from train import starting_net, train_step
 from utils import Parser, Progress, UserError, number, pick_device, run_script, whole
 from watch import Watch
@@ -145,13 +146,6 @@ def build(args, store, cell: dict) -> nn.Module:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
     return net
-
-
-class Halved(nn.Module):
-    """What the paper's dropout gives on average, without its masks."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x / 2
 
 
 def optimizer_of(net: nn.Module, args, cell: dict):

@@ -37,7 +37,7 @@ from checkpoints.run import LAST, PREVIOUS, Busy, append_line, environment, lock
 from data import pack
 from data.pack import named_store
 from data.store import Store
-from studies import half
+from studies import variants
 from studies.common import alone, verdict
 from utils import Parser, UserError, pick_device, run_script, write_text
 
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     seeds: int
     pack: tuple[str, ...] = ()  # data.pack's arguments, where the store is none of a named set
     together: bool = False  # all seeds as one model, too
-    half: bool = False  # of the kernels in conv1 to conv4: studies.half's net
+    variant: str = ""  # one of studies.variants' nets
 
 
 class Machine(NamedTuple):
@@ -83,9 +83,11 @@ ROWS = {
     "no-lrn": Row("these without LRN", [*CIFAR10, *THIRTY, "--no-lrn"], 5),
     "no-overlap": Row("these with 2 x 2 pooling", [*CIFAR10, *THIRTY, "--no-overlap"], 5),
     "no-dropout": Row("these without dropout", [*CIFAR10, *THIRTY, "--no-dropout"], 5),
+    "no-masks": Row("these without dropout, the outputs of fc6 and fc7 halved instead", [*CIFAR10, *THIRTY], 3,
+                    variant="no-masks"),
     "no-colour": Row("these without colour noise", [*CIFAR10, *THIRTY, "--colour", "off"], 5),
     "two-columns": Row("these with two columns", [*CIFAR10, *THIRTY, "--columns", "2"], 3),
-    "half": Row("these with half of the kernels in conv1 to conv4", [*CIFAR10, *THIRTY], 3, half=True),
+    "half": Row("these with half of the kernels in conv1 to conv4", [*CIFAR10, *THIRTY], 3, variant="half"),
     "2012": Row("these with two columns in the order of the 2012 code",
                 [*CIFAR10, *THIRTY, "--columns", "2", "--order", "2012"], 3),
     "eigenvalues": Row("these with colour noise by eigenvalues", [*CIFAR10, *THIRTY, "--colour", "paper"], 3),
@@ -113,6 +115,7 @@ IDEAS = {
     "LRN": Idea("no-lrn", "cifar10", "1.4 points (section 3.3)"),
     "overlapping pooling": Idea("no-overlap", "cifar10", "0.4 points (section 3.4)"),
     "dropout": Idea("no-dropout", "cifar10", "no figure: 'substantial overfitting' without (section 4.2)"),
+    "dropout's masks, apart from its halving": Idea("no-masks", "cifar10", "no figure"),
     "colour noise": Idea("no-colour", "cifar10", "over 1 point (section 4.1)"),
     "ten crops": Idea("cifar10", "cifar10", "1.5 points (table 1 and its footnote, ILSVRC-2010)", TEN_CROP),
     "two columns, against half of the kernels in one": Idea("half", "two-columns", "1.7 points (section 3.2)"),
@@ -212,8 +215,8 @@ def train_net(row: Row, seed: int, device: torch.device, precision: str, out: Pa
         shutil.rmtree(out, ignore_errors=True)
     anew = ["--seed", str(seed), "--precision", precision, "--device", device.type, "--out", str(out)]
     try:
-        script = half if row.half else train
-        return script.main(["--resume", "--out", str(out)] if started else [*row.options, *anew]), None
+        argv = ["--resume", "--out", str(out)] if started else [*row.options, *anew]
+        return variants.main(row.variant, argv) if row.variant else train.main(argv), None
     except utils.Diverged as error:
         return 0, str(error)
 
@@ -224,7 +227,7 @@ def about(name: str, row: Row, seed: int, out: Path) -> dict:
     made = {key: config[key] for key in ("commit", "device", "threads", "torch", "python", "processes")}
     precision = config["arguments"]["precision"]
     command = " ".join(["python train.py", *row.options, "--seed", str(seed), "--precision", precision])
-    if row.half:  # no option of train.py's
+    if row.variant:  # no option of train.py's
         command = f"python -m studies.published {name} --precision {precision}"
     if row.pack:
         command = f"{' '.join(['python -m data.pack', *row.pack])} && {command}"
@@ -249,7 +252,7 @@ def test_error(row: Row, runs: list[Path], device: torch.device, ten_crop: bool)
     """Top-1 error in percent on the test pictures, of several nets as one model where there are several."""
     paths, how = [run / "best.pt" for run in runs], {"ten_crop": ten_crop, "device": device}
     store = open_store(row)
-    found = half.errors(paths[0], store, **how) if row.half else test.errors(paths, store, **how)
+    found = variants.errors(paths[0], store, **how) if row.variant else test.errors(paths, store, **how)
     return found["top1_error"]
 
 

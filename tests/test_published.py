@@ -11,7 +11,8 @@ import train
 from checkpoints.run import environment, locked, read_log
 from data import pack
 from data.store import Store
-from studies import half, published, report
+from model import AlexNet
+from studies import published, report, variants
 from utils import Diverged, UserError
 
 CPU = ["--device", "cpu"]
@@ -143,18 +144,21 @@ def test_what_a_kill_leaves_does_not_stand_in_the_way(small):
 def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
     """Trained by train.py's loop, stopped and resumed as its runs are; its checkpoint is not taken for AlexNet's, and
     its page has what its log says."""
-    net = half.halved(1000, 224)
+    net = variants.build("half", 1000, 224)
     assert sum(p.numel() for p in net.parameters()) == 59_798_312
     assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
     assert net.conv3.weight.std().item() == pytest.approx(0.03, rel=0.02)
-    monkeypatch.setitem(published.ROWS, "base", published.ROWS["base"]._replace(seeds=1, half=True, together=False))
-    real, calls = half.main, []
+    row = published.ROWS["base"]._replace(seeds=1, variant="half", together=False)
+    monkeypatch.setitem(published.ROWS, "base", row)
+    real, calls = variants.main, []
 
-    def stop_first(argv):
+    def stop_first(variant, argv):
         calls.append(argv)
-        return 143 if len(calls) == 1 and real([*argv, "--max-steps", "1"]) == 0 else real([*argv, "--max-steps", "9"])
+        if len(calls) > 1:
+            return real(variant, [*argv, "--max-steps", "9"])
+        return real(variant, [*argv, "--max-steps", "1"]) or 143
 
-    monkeypatch.setattr(half, "main", stop_first)
+    monkeypatch.setattr(variants, "main", stop_first)
     assert published.main(["base", *CPU]) == 143
     assert published.main(["base", *CPU]) == 0
     (line,) = read_log(published.RESULTS)
@@ -162,7 +166,7 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
     run = published.folder("base", 0, HERE) / "run"
     assert run.joinpath("best.pt").exists()
     for crops in (False, True):
-        found = half.errors(run / "best.pt", Store(store.path), ten_crop=crops, device="cpu")["top1_error"]
+        found = variants.errors(run / "best.pt", Store(store.path), ten_crop=crops, device="cpu")["top1_error"]
         assert found == line[published.TEN_CROP if crops else published.CENTER]
     with pytest.raises(UserError, match="unknown net half"):
         test.errors([run / "best.pt"], Store(store.path))
@@ -170,6 +174,16 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
     said = (run / "report.html").read_text()
     assert said.count("<img") == 3
     assert "unknown net half" in said
+
+
+def test_a_net_without_masks_halves_in_training_too():
+    """In testing it is AlexNet with the paper's dropout; in training it gives the same."""
+    net = variants.build("no-masks", 3, 64)
+    plain = AlexNet(3, image_size=64).eval()
+    plain.load_state_dict(net.state_dict())
+    pictures = torch.randn(2, 3, 64, 64)
+    for mode in (True, False):
+        assert torch.equal(net.train(mode)(pictures), plain(pictures))
 
 
 def test_tables_show_one_machine_and_precision(small, monkeypatch):
@@ -243,7 +257,7 @@ def test_a_line_says_how_its_pictures_were_packed(run_folder):
 
 
 def test_rows_are_commands_of_train_py():
-    """Each row's options are train.py's, and an idea compares rows that differ in one thing."""
+    """Each row's options are train.py's, and an idea compares rows that differ in one of them, or are another net."""
     import options
 
     for row in published.ROWS.values():
@@ -251,9 +265,9 @@ def test_rows_are_commands_of_train_py():
         assert not args.drops or max(args.drops) < args.epochs
         assert bool(args.data) == bool(row.pack)
     for idea in published.IDEAS.values():
-        rows = (published.ROWS[row].options for row in (idea.before, idea.after))
-        one, other = (vars(options.make_parser().parse_args(given)) for given in rows)
-        differ = sum(one[name] != other[name] for name in one)
+        before, after = published.ROWS[idea.before], published.ROWS[idea.after]
+        one, other = (vars(options.make_parser().parse_args(row.options)) for row in (before, after))
+        differ = sum(one[name] != other[name] for name in one) or before.variant != after.variant
         assert differ == (idea.tested_with == published.CENTER)
 
 

@@ -51,7 +51,7 @@ def test_imports_run_one_way(path):
     if name == "studies":
         # What several studies share is no study.
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        names = ("common", "loop", "networks", "fourlayer", "half", "folder", "look", "page", "seen")
+        names = ("common", "loop", "networks", "fourlayer", "variants", "folder", "look", "page", "seen")
         shared = {f"studies.{name}" for name in names}
         apart = {m for m in modules if m.startswith("studies.")} - shared
         assert not apart, f"{path} imports {apart}"

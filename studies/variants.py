@@ -1,12 +1,17 @@
-"""One column with half of the kernels in conv1 to conv4, the net that the paper holds its two GPUs against (section
-3.2). conv5 and the dense layers keep theirs, as the paper's footnote says, so that both nets have nearly the same
-number of parameters. studies.published trains it as one of its rows, with train.py's options, loop and run folder.
+"""Two nets that train.py has no options for. studies.published trains them as rows of its own, with train.py's options,
+loop and run folder:
+
+    half        half of the kernels in conv1 to conv4, in one column: the net that the paper holds its two GPUs against
+                (section 3.2). conv5 and the dense layers keep theirs, as its footnote says, so that both nets have
+                nearly the same number of parameters
+    no-masks    no dropout, but the outputs of fc6 and fc7 halved, as the paper's dropout does on average (section 4.2):
+                leaving out dropout alone doubles the signal, too, and the net then guesses for a third of its training
 """
 
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import options
 import train
@@ -25,19 +30,28 @@ from watch import Watch
 KERNELS = {"conv1": (3, 48), "conv2": (48, 128), "conv3": (128, 192), "conv4": (192, 192), "conv5": (192, 256)}
 
 
-def halved(num_classes: int, image_size: int, recipe: str = "2012") -> AlexNet:
-    """The net, initialised from torch's generator: 59,798,312 parameters for 1000 classes of 224 pixels."""
+class Halved(nn.Module):
+    """Half of x, in training and testing alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def build(variant: str, num_classes: int, image_size: int, recipe: str = "2012") -> AlexNet:
+    """The net, initialised from torch's generator: for 1000 classes of 224 pixels "half" has 59,798,312 parameters."""
     net = AlexNet(num_classes, image_size=image_size)
-    for name, (channels, kernels) in KERNELS.items():
-        whole = net.get_submodule(name)
-        layer = nn.Conv2d(channels, kernels, whole.kernel_size, whole.stride, whole.padding)
-        setattr(net, name, layer)
+    if variant == "half":
+        for name, (channels, kernels) in KERNELS.items():
+            whole = net.get_submodule(name)
+            setattr(net, name, nn.Conv2d(channels, kernels, whole.kernel_size, whole.stride, whole.padding))
+    else:
+        net.drop6, net.drop7 = Halved(), Halved()
     net.init_weights(recipe)
-    net.config["net"] = "half"  # so that its checkpoints are not taken for AlexNet's
+    net.config["net"] = variant  # so that its checkpoints are not taken for AlexNet's
     return net
 
 
-def main(argv) -> int:
+def main(variant: str, argv) -> int:
     """Train it; train.py's command line and exit status."""
     args = options.parse(argv)
     plain = options.make_parser().parse_args([])
@@ -52,7 +66,8 @@ def main(argv) -> int:
     utils.no_tf32()
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
     utils.seed_all(args.seed)
-    net = halved(len(store.classes), args.image_size, args.recipe).to(device, memory_format=torch.channels_last)
+    net = build(variant, len(store.classes), args.image_size, args.recipe)
+    net = net.to(device, memory_format=torch.channels_last)
     kernels = accelerate(net)
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -60,8 +75,7 @@ def main(argv) -> int:
     run = Training(args, store, net, optimizer, Schedule(args.lr, args.patience, args.drops), kernels)
     if args.resume:
         load_last(run, device)
-    print(f"half of the kernels in conv1 to conv4: {sum(p.numel() for p in net.parameters()):,} parameters; {kernels}",
-          flush=True)
+    print(f"{variant}: {sum(p.numel() for p in net.parameters()):,} parameters; {kernels}", flush=True)
     with run_folder(run, device, 0, 1) as warning, watch:
         watch.warn(warning)
         return train.fit(run, watch)
@@ -70,7 +84,8 @@ def main(argv) -> int:
 def errors(path: Path, store: Store, *, ten_crop: bool, device) -> dict:
     """The top-1 error in percent on the test pictures, as test.errors gives it."""
     checkpoint = load_checkpoint(path, device)
-    net = halved(len(store.classes), checkpoint["image_size"]).to(device, memory_format=torch.channels_last).eval()
+    net = build(checkpoint["config"]["net"], len(store.classes), checkpoint["image_size"])
+    net = net.to(device, memory_format=torch.channels_last).eval()
     net.load_state_dict(checkpoint["model"])
     accelerate(net)
     augment = Augment(checkpoint["image_size"], checkpoint["mean"], device=device)
