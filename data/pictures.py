@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from data.manifest import SHORTER_SIDE
 from utils import UserError
@@ -30,6 +30,11 @@ ENDINGS = {
 FORMATS = sorted(set(ENDINGS.values()))
 MAX_PIXELS = 2**28 // 3  # Pillow's own limit, a quarter of a GiB in RGB; more is taken for a decompression bomb
 MAX_BYTES = 2**28  # of a picture's file
+TURNS = {  # what brings a picture upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 
 
@@ -190,7 +195,6 @@ def _decode(data: bytes, name: str, channels: int) -> tuple[np.ndarray, list[str
                 return simplejpeg.decode_jpeg(data, "RGB", strict=True), repaired
             except ValueError:  # libjpeg found something wrong: Pillow says whether it is a picture all the same
                 repaired.append("faulty JPEG data")
-        picture.load()
         return _convert(picture, channels), repaired
 
 
@@ -206,7 +210,7 @@ def _peculiarities(picture: Image.Image, name: str) -> list[str]:
         "palette": mode in ("P", "PA"),
         "transparency dropped": transparent,
         "turned (EXIF)": _orientation(picture) != 1,
-        "first of several frames": form in ("GIF", "PNG", "WEBP") and getattr(picture, "is_animated", False),
+        "first of several frames": form in ("GIF", "PNG", "TIFF", "WEBP") and getattr(picture, "is_animated", False),
     }
     return [word for word, found in unusual.items() if found]
 
@@ -215,6 +219,8 @@ def _orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1, upright, where there is none or where the EXIF block is damaged."""
     if "exif" not in picture.info and "xmp" not in picture.info and picture.format not in ("TIFF", "PNG"):
         return 1
+    if picture.format == "PNG":
+        picture.load()  # getexif() does it, too, and what goes wrong in it is the picture's fault, not its EXIF block's
     try:
         value = picture.getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in range(1, 9) else 1
@@ -229,10 +235,12 @@ def _refuse_floats(picture: Image.Image) -> None:
 
 def _convert(picture: Image.Image, channels: int) -> np.ndarray:
     """Pixels (H, W, channels) of a picture of any mode, turned upright."""
+    picture.load()  # which turns a TIFF, and no other
     # Adobe's programs store CMYK inverted, and Pillow takes every JPEG for one of theirs.
     inverted = picture.format == "JPEG" and picture.mode == "CMYK" and "adobe" not in picture.info
-    if _orientation(picture) != 1:
-        picture = ImageOps.exif_transpose(picture)
+    orientation = _orientation(picture)
+    if orientation != 1:  # not by ImageOps.exif_transpose, which fails where another tag of the EXIF block is faulty
+        picture = picture.transpose(TURNS[orientation])
     if inverted:
         picture = ImageChops.invert(picture)
     _refuse_floats(picture)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -86,10 +87,14 @@ def coded(picture: Image.Image, form: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def turned(orientation: int) -> bytes:
+def with_orientation(number: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    return coded(PHOTO, "JPEG", quality=95, exif=exif)
+    exif[0x0112] = number
+    return exif
+
+
+def turned(orientation: int) -> bytes:
+    return coded(PHOTO, "JPEG", quality=95, exif=with_orientation(orientation))
 
 
 def without_adobe(data: bytes) -> bytes:
@@ -135,6 +140,10 @@ ODD = {
     "GIF": ("a.gif", coded(PHOTO.quantize(64), "GIF"), PHOTO.quantize(64), ["palette"]),
     "animation": ("a.gif", coded(PHOTO.quantize(64), "GIF", save_all=True, append_images=[Image.new("P", (120, 90))]),
                   PHOTO.quantize(64), ["palette", "first of several frames"]),
+    "pages": ("a.tif", coded(PHOTO, "TIFF", save_all=True, append_images=[Image.new("RGB", (9, 9))]), PHOTO,
+              ["first of several frames"]),
+    "turned TIFF": ("a.tif", coded(PHOTO, "TIFF", exif=with_orientation(6)),
+                    PHOTO.transpose(Image.Transpose.ROTATE_270), ["turned (EXIF)"]),
     "alpha": ("a.png", coded(transparent(), "PNG"), PHOTO, ["transparency dropped"]),
     "16 bits": ("a.png", coded(Image.fromarray(DEEP), "PNG"), Image.fromarray((DEEP >> 8).astype(np.uint8)),
                 ["grey", "16 bits"]),
@@ -168,6 +177,7 @@ def test_odd_pictures_become_what_pillow_sees(kind, tmp_path):
     (tmp_path / name).write_bytes(data)
     array, odd = pixels(tmp_path / name)
     assert odd == words
+    assert np.array_equal(pixels(Image.open(io.BytesIO(data)))[0], array)  # as prepare() is given it
     expected = expected or Image.open(io.BytesIO(data))
     assert array.shape == (*expected.size[::-1], 3)
     rounding = 1 if kind == "CMYK, plain" else 0  # of two encodings, one of them inverted
@@ -227,6 +237,33 @@ def test_what_is_no_regular_file_is_named(tmp_path):
                           ("huge", "more than any picture")):
         with pytest.raises(UserError, match=message):
             to_square(tmp_path / f"{name}.jpg", 64)
+
+
+def test_a_png_with_a_wrong_byte_is_not_taken_for_sound(tmp_path):
+    """Pillow shows the rows before the damage and black ones after it to whoever asks a second time."""
+    whole = coded(Image.effect_noise((80, 80), 50), "PNG")
+    for where in np.random.default_rng(0).integers(100, len(whole) - 30, 20):
+        damaged = bytearray(whole)
+        damaged[where] ^= 0xFF
+        (tmp_path / "a.png").write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read as a picture"):
+            pixels(tmp_path / "a.png")
+        with pytest.raises((OSError, SyntaxError)):  # as prepare() of a notebook is given it
+            pixels(Image.open(tmp_path / "a.png"))
+
+
+def test_a_faulty_tag_beside_the_orientation_does_not_spoil_a_picture(tmp_path):
+    """A resolution unit of 5/2, which Pillow reads and cannot write, in the EXIF block of a picture to be turned."""
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    unit = struct.pack("<HHII", 0x0128, 5, 1, 8 + 2 + 2 * 12 + 4)  # a rational, which stands behind the tags
+    tags = struct.pack("<H", 2) + orientation + unit + struct.pack("<III", 0, 5, 2)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags
+    (tmp_path / "a.jpg").write_bytes(coded(PHOTO, "JPEG", quality=95, exif=exif))
+    (tmp_path / "b.jpg").write_bytes(turned(6))
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    assert pixels(tmp_path / "a.jpg")[1] == ["turned (EXIF)"]
+    assert np.array_equal(pixels(tmp_path / "a.jpg")[0], pixels(tmp_path / "b.jpg")[0])
 
 
 def test_faulty_jpeg_data_is_noticed_even_where_pillow_is_content(tmp_path):
