@@ -151,4 +151,5 @@ def tidy(job: Job, numbers: range) -> None:
     for split, number in every:
         if number in numbers and (split, number) not in kept:
             shutil.rmtree(job.store / shard_name(split, number), ignore_errors=True)
-    say(f"{len(kept)} of {len(every)} shards are kept in {shown(job.building)}; the same command goes on")
+    say(f"{len(kept)} of {len(every)} shards are kept in {shown(job.building)}; the same command goes on, if the "
+        "pictures stay the same")

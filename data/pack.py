@@ -10,6 +10,7 @@ A packing that was killed goes on where it was: the same command keeps the shard
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from argparse import ArgumentTypeError
@@ -223,8 +224,8 @@ def _stop_if_too_many(job: Job, split: str, skipped: int, one: dict) -> None:
     total = len(job.source.splits[split].labels)
     if skipped > MAX_SKIPPED * total:
         raise UserError(
-            f"{skipped} of {total} pictures of {split} cannot be read, more than {MAX_SKIPPED:.0%}; one of them: "
-            f"{one['reason']}"
+            f"{skipped} of {total} pictures of {split} cannot be read, more than {MAX_SKIPPED:.0%}; repair or replace "
+            f"them, or remove them; one of them: {one['reason']}"
         )
 
 
@@ -234,8 +235,8 @@ def _stop_if_a_class_is_gone(job: Job, skipped: list[dict]) -> None:
     gone = np.setdiff1d(labels[rows], np.delete(labels, rows))
     if len(gone):
         one = next(one for one in skipped if labels[one["row"]] == gone[0])
-        raise UserError(f"no training picture of {job.source.classes[gone[0]]} can be read: {one['reason']}; put that "
-                        "right, or take the class away")
+        raise UserError(f"no training picture of {job.source.classes[gone[0]]} can be read: {one['reason']}; repair "
+                        "or replace its pictures, or remove the class")
 
 
 def _finish(job: Job, split: str, number: int, entry: dict, file) -> None:
@@ -378,9 +379,15 @@ def store_of(path: Path, size: int | None = None, val: float | None = None) -> S
         raise UserError(f"{path} is a store without its {MANIFEST}; copy or pack it again")
     source = sources.find(str(path), val=val)
     job = Job(source, STORES / source.name, size or source.size, source.codec, shards_of(source))
-    out = STORES / f"{source.name}-{job.digest()[:8]}"
+    job.out = out = STORES / f"{source.name}-{job.digest()[:8]}"
+    if out.exists():
+        return Store(out)
+    unfinished = re.compile(rf"\.{re.escape(source.name)}-[0-9a-f]{{8}}\.packing")
+    for other in sorted(STORES.glob(".*.packing")):
+        if other != job.building and unfinished.fullmatch(other.name):
+            say(f"{shown(other)} is an unfinished packing of other pictures; remove it unless it is under way")
     try:
-        return Store(out) if out.exists() else pack(source, out, size=size, workers=len(os.sched_getaffinity(0)))
+        return pack(source, out, size=size, workers=len(os.sched_getaffinity(0)))
     except UserError:
         if not out.exists():
             raise

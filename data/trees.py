@@ -114,7 +114,7 @@ def _walk(top: str, seen: set) -> Iterator[tuple[str, list[str]]]:
         folder = ahead.pop()
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
-            say(f"{folder} leads to where the search comes from or was already, and is skipped")
+            say(f"{folder} is a link to a folder that holds it or was searched already; it is skipped")
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
@@ -139,7 +139,9 @@ def image_folder(root: Path, val: float | None = None) -> Source:
     if not any(folders.values()) and subfolders(root):
         folders["train"] = root
     if folders["train"] is None:
-        raise UserError(f"{root} has no folder train/; expected {_expected(root)}")
+        names = " and ".join(f"{folder.name}/" for folder in folders.values() if folder)
+        besides = f", but {names} (a class cannot be called so; rename it)" if names else ""
+        raise UserError(f"{root} has no folder train/{besides}; expected {_expected(root)}")
     if folders["val"] is not None and val is not None:
         raise UserError(f"--val {val:g}: {root} has validation pictures of its own, in {folders['val'].name}/; leave "
                         "the option out, or take that folder away")

@@ -106,6 +106,21 @@ def test_pictures_that_are_added_leave_the_validation_pictures_where_they_were(s
     assert pack.store_of(photos, size=64).path not in (before.path, after.path)
 
 
+def test_what_a_broken_picture_stopped_can_be_cleared_away(stores, tmp_path, capsys):
+    """Repaired pictures make another store, which would leave the finished shards of the first one for ever."""
+    for number, split in enumerate(("train", "val")):
+        fill(tmp_path / "photos" / split / "cat", 3, first=20 * number)
+        fill(tmp_path / "photos" / split / "dog", 3, first=20 * number + 10)
+    (tmp_path / "photos" / "val" / "dog" / "30.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1 of 6 pictures of val cannot be read, more than 1%; repair or replace them"):
+        pack.store_of(tmp_path / "photos", size=64)
+    assert "1 of 2 shards are kept in " in capsys.readouterr().out
+    (left,) = stores.iterdir()
+    fill(tmp_path / "photos" / "val" / "dog", 1, first=30)
+    assert pack.store_of(tmp_path / "photos", size=64).counts == {"train": 6, "val": 6}
+    assert f"{left} is an unfinished packing of other pictures; remove it" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_when_its_folder_is_gone(stores, tmp_path):
     photos = tmp_path / "photos"
     for number, label in enumerate(("cat", "dog")):
@@ -144,6 +159,7 @@ def test_empty_arguments_are_told():
     ("made", "arguments", "message"),
     [
         ("photos/", [], "has no folder train/; expected"),
+        ("photos/valid/x.png", [], "has no folder train/, but valid/ \\(a class cannot be called so; rename it\\)"),
         ("photos/cat/", [], "cat holds no pictures"),
         ("photos/cat/x.png", [], "has no class with two different pictures"),
         ("photos/train/cat/x.png", ["--val", "2"], "--val: 2 is not a number"),

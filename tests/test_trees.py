@@ -79,7 +79,7 @@ def test_links_to_folders_above_lead_nowhere(tree, capsys):
     os.rename(tree / "train/dog/5.png", tree / "elsewhere/5.png")
     (tree / "train/dog/linked").symlink_to("../../elsewhere")
     assert np.bincount(sources.find(str(tree)).splits["train"].labels).tolist() == [6, 6]
-    assert capsys.readouterr().out.count("leads to where the search comes from") == 3
+    assert capsys.readouterr().out.count("is a link to a folder that holds it") == 3
 
 
 def test_folders_of_other_names_are_found_and_doubts_are_said(tree, capsys):
@@ -235,7 +235,7 @@ def test_what_can_not_be_divided_is_said(tree, tmp_path):
     with pytest.raises(UserError, match="has no class with two different pictures: none can be spared"):
         sources.find(str(tmp_path / "few"))
     shutil.rmtree(tree / "train")
-    with pytest.raises(UserError, match=r"has no folder train/; expected .*/train/CLASS/PICTURES, or"):
+    with pytest.raises(UserError, match=r"has no folder train/, but val/ .*; expected .*/train/CLASS/PICTURES, or"):
         sources.find(str(tree))
 
 
