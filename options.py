@@ -11,7 +11,7 @@ import torch
 
 import checkpoints
 from checkpoints import LAYERS
-from checkpoints.run import LAST, PREVIOUS, read_config, refuse_taken
+from checkpoints.run import LAST, PREVIOUS, RUN_FILES, read_config, refuse_taken
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
@@ -67,7 +67,8 @@ def resumed(args: Namespace, given: dict) -> Namespace:
         last = checkpoints.newest(LAST, PREVIOUS)
         folder = last.parent if last else checkpoints.FOLDER / "*"
     if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
-        raise UserError(f"nothing to resume: no {folder / LAST}; start without --resume")
+        start = "choose another --out" if any((folder / name).exists() for name in RUN_FILES) else "start"
+        raise UserError(f"nothing to resume: no {folder / LAST}; {start} without --resume")
     stored = read_config(folder)["arguments"]
     refuse_changed(stored, folder)
     if stored.get("drops"):
@@ -78,6 +79,8 @@ def resumed(args: Namespace, given: dict) -> Namespace:
             started = before("data", packed_from.get("data", stored["data"]))
             raise UserError(f"--data {given['data']} is no store; {folder} was started {started}")
         stored["data"] = given["data"]  # the store was moved: settle() looks whether it is the same
+    if given.get("kernels") == "auto" and stored.get("kernels") == "on":
+        stored["kernels"] = "auto"  # the way out where they can't be had here
     for name, value in given.items():
         was = packed_from.get(name, stored.get(name))
         if name not in {*CHANGEABLE, "data"} and value not in (was, stored.get(name), "auto"):
@@ -160,7 +163,8 @@ def _add_data(group) -> None:
                        help="a store, or something else that data.pack takes, which is packed first: a folder of "
                        "pictures, FOLDER/CLASS/... or FOLDER/train/CLASS/..., an .h5 file")
     group.add_argument("--val", type=number(0, 1), metavar="FRACTION",
-                       help=f"of the training pictures of a FOLDER without val/, to validate with (default: {VAL})")
+                       help=f"part of the training pictures to set aside for validation, where FOLDER has no val/ "
+                       f"(default: {VAL})")
     group.add_argument("--download", choices=("yes", "no"), default="yes", help="may a named set be downloaded?")
     group.add_argument("--image-size", type=whole(63), metavar="N",
                        help="side of the net's input in pixels (default: 64 of 72, 224 of 256)")
@@ -241,7 +245,7 @@ def _add_machine(group) -> None:
     group.add_argument("--compile", action=BooleanOptionalAction, default=False,
                        help="use torch.compile (needs a C++ compiler)")
     group.add_argument("--out", metavar="DIR", help="run folder (default: the next free checkpoints/<dataset>-<n>)")
-    group.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run")
+    group.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run in checkpoints/")
     group.add_argument("--checkpoint-minutes", type=number(0), default=10, metavar="M",
                        help="write last.pt this often within an epoch, and after each (default: %(default)s)")
     group.add_argument("--skip-bad-records", type=whole(0), default=0, metavar="N",

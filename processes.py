@@ -44,8 +44,8 @@ def number_of_processes() -> int:
 
 
 def _meet(board, rank: int, world: int) -> str:
-    """A word for this start of all processes. The first one makes it and answers whoever says hello, until all have it:
-    what one says that has been ended since is answered in vain."""
+    """A fresh prefix of keys for this start. Process 0 makes it and sends it to each process that says hello, until all
+    have it; an answer to a process of an earlier start, which has ended, does no harm."""
     if rank:
         me = uuid.uuid4().hex
         board.set(f"hello {rank}", me)
@@ -108,8 +108,8 @@ def ending_together():
         if isinstance(error, UserError | OSError | KeyboardInterrupt):
             status = utils.report(error)
         elif isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
-            utils.report(UserError("another process of this run has ended, and says why unless it was killed; or the "
-                                   f"connection between them failed ({one_line(error)})"))
+            utils.report(UserError("another process of this run has ended (its own message says why; there is none if "
+                                   f"it was killed), or the connection to it failed ({one_line(error)})"))
             status = 1
         else:
             traceback.print_exc()

@@ -14,6 +14,7 @@ import math
 import shlex
 from contextlib import closing
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -108,6 +109,10 @@ def fit(run: Training, watch: Watch) -> int:
                 save_last(run)
             return 128 + stop
         entry = validate(run, val, inputs, watch)
+        if not at_limit(run) and (stop := watch.told_to_stop()):
+            if watch.rank == 0:
+                save_last(run)  # all steps of the epoch; --resume validates anew
+            return 128 + stop
         if args.skip_bad_records:
             entry |= replaced_records(args, train, val)
         finish_epoch(run, entry, watch)
@@ -115,9 +120,12 @@ def fit(run: Training, watch: Watch) -> int:
     return 0
 
 
+def at_limit(run: Training) -> bool:
+    return run.args.max_steps is not None and run.state.step >= run.args.max_steps
+
+
 def is_over(run: Training) -> bool:
-    at_limit = run.args.max_steps is not None and run.state.step >= run.args.max_steps
-    return at_limit or run.schedule.finished or run.state.epoch >= run.args.epochs
+    return at_limit(run) or run.schedule.finished or run.state.epoch >= run.args.epochs
 
 
 def train_epoch(run: Training, model, train: Loader, inputs: Augment, watch: Watch):
@@ -188,8 +196,8 @@ def look(run: Training, sums, watch: Watch) -> str:
     if state.step >= STUCK_STEPS and abs(mean / chance - 1) < 0.01:
         watch.warn_once(
             "stuck", f"after {state.step} steps the mean loss is {mean:.3f}, still that of guessing. If it stays "
-            "there: --recipe 2012 leaves this plateau sooner than --recipe paper; try another --lr; are the labels "
-            "right?"
+            f"there, {'--recipe 2012 leaves this plateau sooner; ' * (run.args.recipe == 'paper')}try another --lr, "
+            "and check the labels"
         )
     return f"loss {mean:.3f}, error {100 * wrong / images:.1f}%"
 
@@ -210,10 +218,12 @@ def take_totals(run: Training, sums, watch: Watch) -> None:
 
 
 def validate(run: Training, val: Loader, inputs: Augment, watch: Watch) -> dict:
-    """The log's line of an epoch, but for its times."""
+    """The log's line of an epoch, but for its times; of no use where a signal has ended it."""
     args, state = run.args, run.state
     run.net.eval()
-    sums = utils.evaluate([(run.net, inputs.views)], val.in_order(args.batch_size, watch.rank, watch.world))
+    with closing(val.in_order(args.batch_size, watch.rank, watch.world)) as batches:
+        until_told = takewhile(lambda _: at_limit(run) or not watch.received, batches)
+        sums = utils.evaluate([(run.net, inputs.views)], until_told)
     val_loss, top1, top5 = (watch.total(sums) / len(val)).tolist()
     seen, learnt = state.step_in_epoch * args.batch_size, watch_activations(run.net, watch)
     return {
@@ -301,9 +311,10 @@ def stored(args, watch: Watch) -> Store:
                             if path.exists() else f"{path}: no such folder")
         return Store(path)
     if watch.world > 1:
-        raise UserError(f"{path} is not a store; several processes need one: python -m data.pack {path} --out STORE")
+        raise UserError(f"{path} is not a store; several processes need one: python -m data.pack "
+                        f"{shlex.quote(str(path))} --out STORE")
     store = store_of(path, args.image_size and packed_size(args.image_size), args.val)
-    args.packed_from = {"data": args.data, "val": args.val}  # for the eyes, and for --resume with the same command
+    args.packed_from = {"data": args.data, "val": args.val}  # to be read, and to --resume with the same command
     args.data, args.val = str(store.path.resolve()), None  # what --resume goes on with
     return store
 
@@ -406,18 +417,19 @@ def describe(run: Training, watch: Watch) -> str:
     if store.name == "sample":
         lines["recipe"] += " (the sample has defaults of its own for epochs, batch and patience)"
     elif store.name not in sources.NAMED and store.counts["train"] < FEW and not args.init:
-        lines["note"] = (f"{store.counts['train']:,} training pictures are few for a net that starts from nothing: "
-                         "expect it to know them by heart and others badly; --init starts from trained weights")
+        lines["note"] = (f"{store.counts['train']:,} training pictures are few to train from scratch: expect "
+                         "overfitting; --init CHECKPOINT starts from trained weights")
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
 def summary(run: Training, entry: dict) -> str:
-    images_left = (run.args.epochs * run.steps_per_epoch - run.state.step) * run.args.batch_size
-    left = duration(images_left / entry["images_per_second"]) if entry["images_per_second"] else "?"
+    steps, before = run.steps_per_epoch, (entry["epoch"] - 1) * run.steps_per_epoch
+    left = duration(entry["seconds"] * (run.args.epochs * steps - entry["step"]) / (entry["step"] - before))
+    top5 = f" top-5 {entry['val_top5_error']:.2f}%" if len(run.store.classes) > 5 else ""
     return (
         f"epoch {entry['epoch']:>2}/{run.args.epochs}  lr {entry['lr']:g}  "
         f"train loss {entry['train_loss']:.4f} error {entry['train_top1_error']:.2f}%  "
-        f"val loss {entry['val_loss']:.4f} error {entry['val_top1_error']:.2f}% top-5 {entry['val_top5_error']:.2f}%  "
+        f"val loss {entry['val_loss']:.4f} error {entry['val_top1_error']:.2f}%{top5}  "
         f"{entry['images_per_second']:.0f} images/s, stall {entry['stall']:.1f}%  "
         f"{duration(entry['seconds'])}, at most {left} left"
     )
@@ -425,7 +437,8 @@ def summary(run: Training, entry: dict) -> str:
 
 def conclusion(run: Training, status: int) -> str:
     state, best, out = run.state, run.schedule.best, shlex.quote(shown(run.args.out))
-    resume = f"python train.py --out {out} --resume"
+    started = "python train.py" if processes.number_of_processes() == 1 else "the same torchrun command with"
+    resume = f"{started} --out {out} --resume"
     log = read_log(run.args.out / "log.jsonl")
     replaced = log[-1].get("replaced_records") if log else None
     told = [f"damaged records, replaced by others: {', '.join(replaced)}"] if replaced else []

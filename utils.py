@@ -132,7 +132,7 @@ class Progress:
             rate = (self.done - self.start) / (self.shown - self.begun)
             left = duration((self.total - self.done) / rate) if rate else "?"
             text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, {left} left"
-            with suppress(BrokenPipeError):  # nobody reads any more; watch.py looks after that
+            with suppress(OSError):  # nobody reads any more, or a full disk; watch.py looks after that
                 print(text + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
 
     def __enter__(self):

@@ -4,27 +4,30 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
 
 from data.pictures import printable
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOPPING = b"stopping; a second signal ends the process at once, without a checkpoint\n"
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 
 
 class Watch:
-    """In a with statement SIGTERM, Ctrl-C and SIGUSR1 (preemption) are noted, so that the loop stops in good order; a
-    second signal ends the process at once. rank, world: of the process, as processes.join() gives them; the first one
-    alone says anything."""
+    """In a with statement SIGTERM, Ctrl-C, SIGUSR1 (preemption) and SIGHUP (its terminal is gone; not under nohup) are
+    noted, so that the loop stops in good order; a second signal ends the process at once. rank, world: of the process,
+    as processes.join() gives them; the first one alone says anything."""
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1):
         self.device, self.rank, self.world, self.received, self.warned = device, rank, world, 0, set()
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+        self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_):
@@ -35,6 +38,9 @@ class Watch:
         if self.received not in (0, signal.SIGPIPE):
             os._exit(128 + number)
         self.received = number
+        if self.rank == 0:
+            with suppress(OSError):
+                os.write(2, STOPPING)  # not by print(), which the signal may have interrupted
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -45,11 +51,13 @@ class Watch:
             self._print(f"warning: {printable(text)}", sys.stderr)
 
     def _print(self, text: str, stream) -> None:
-        """Where nobody reads any more (Ctrl-C ends a `| tee`, too), the run stops as after a signal."""
+        """Where nobody reads any more (Ctrl-C ends a `| tee`, too), the run stops as after a signal. Where nothing can
+        be written, to a terminal that is gone or a full disk, it goes on: log.jsonl has all that counts."""
         try:
             print(text, file=stream, flush=True)
-        except BrokenPipeError:
-            self.received = self.received or signal.SIGPIPE
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                self.received = self.received or signal.SIGPIPE
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it still holds, and what follows
 
     def warn_once(self, about: str, text: str) -> None:
@@ -90,6 +98,14 @@ class Watch:
         if self.world > 1:
             dist.all_reduce(sums)
         return sums
+
+    def told_to_stop(self) -> int:
+        """A signal that any process has received, or 0, the same in all of them."""
+        if self.world == 1:
+            return self.received
+        received = torch.tensor(self.received, device=self.device)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        return int(received)
 
     def decide(self, step: int, save_every: float) -> tuple[int, bool]:
         """(a signal or 0, whether to save), the same in all processes. On GPUs they save and ask each other at the

@@ -87,7 +87,7 @@ def test_nested_folders_duplicates_and_a_class_of_one_picture(stores, tmp_path, 
     assert "2 of 3 classes have fewer than 20 training pictures (lone: 1)" in said
     assert "repaired in train: " in said
     assert " enlarged" in said  # 70 pixels to 72
-    assert "training pictures are few for a net that starts from nothing" in said
+    assert "training pictures are few to train from scratch" in said
 
 
 def test_pictures_that_are_added_leave_the_validation_pictures_where_they_were(stores, tmp_path):

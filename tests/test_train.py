@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import types
 
 import numpy as np
@@ -24,7 +25,7 @@ from data.store import Store
 from kernels import FastDropout, multiplies_bf16
 from model import AlexNet
 from utils import UserError
-from watch import Watch
+from watch import STOPPING, Watch
 
 BF16 = pytest.mark.skipif(not multiplies_bf16(torch.device("cpu")), reason="this processor emulates bf16: too slow")
 
@@ -156,11 +157,13 @@ def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
             break
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (143, "")
+    assert (process.returncode, err) == (143, STOPPING.decode())
     assert load(tmp_path / "run" / "last.pt")["step"] > 6
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(("number", "status"), [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129),
+])
 def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status):
     """Stopped by a signal somewhere, resumed: the weights of a run that was left alone."""
     process = subprocess.Popen(
@@ -171,13 +174,64 @@ def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status)
         if line.startswith("epoch"):
             break
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == status
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (status, STOPPING.decode())
     assert "--resume goes on from there" in out
     assert 6 < load(tmp_path / "run" / "last.pt")["step"] < 12
     resume(tmp_path / "run")
     assert_same_state(tmp_path / "run", two_epochs)
     assert numbers(tmp_path / "run") == numbers(two_epochs)
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_a_signal_ends_a_validation(store, two_epochs, tmp_path, monkeypatch, which):
+    """Of ImageNet it takes longer than the 30 seconds that torchrun gives; the epoch's steps must not be lost. The
+    validation of the last epoch is no exception."""
+    count, batches = {"first": 0, "last": 1}[which], utils.evaluate
+
+    def interrupted(members, loaded):
+        nonlocal count
+        count -= 1
+        if count == -1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert next(iter(loaded), None) is None
+        return batches(members, loaded)
+
+    monkeypatch.setattr(utils, "evaluate", interrupted)
+    assert run(store, tmp_path / "run", "--epochs", 2) == 143
+    assert load(tmp_path / "run" / "last.pt")["step"] == {"first": 6, "last": 12}[which]
+    assert len(runs.read_log(tmp_path / "run" / "log.jsonl")) == {"first": 0, "last": 1}[which]
+    assert resume(tmp_path / "run") == 0
+    assert_same_state(tmp_path / "run", two_epochs)
+    assert numbers(tmp_path / "run") == numbers(two_epochs)
+
+
+def test_the_time_left_counts_what_lies_between_the_epochs_and_few_classes_have_no_top_5():
+    """An epoch of 60 seconds, of which half are validation; the fifth of five classes is never missed."""
+    entry = {"epoch": 2, "step": 200, "lr": 0.01, "train_loss": 1, "train_top1_error": 1, "val_loss": 1, "stall": 0,
+             "val_top1_error": 1, "val_top5_error": 0, "images_per_second": 100 * 128 / 30, "seconds": 60}
+    for classes in (5, 6):
+        about = types.SimpleNamespace(args=types.SimpleNamespace(epochs=10, batch_size=128), steps_per_epoch=100,
+                                      store=types.SimpleNamespace(classes=["x"] * classes))
+        assert train.summary(about, entry).endswith("1m 00s, at most 8m 00s left")
+        assert ("top-5" in train.summary(about, entry)) == (classes == 6)
+    assert train.summary(about, entry | {"step": 150}).endswith("at most 17m 00s left")  # stopped by --max-steps
+
+
+def test_a_run_with_nohup_does_not_hear_that_its_terminal_is_gone(store, tmp_path):
+    hear = [sys.executable, "-c", "import signal, sys, torch; from watch import Watch\n"
+            "with Watch(torch.device('cpu')) as watch: signal.raise_signal(signal.SIGHUP); print(watch.received)"]
+    for words, expected in ((hear, "1\n"), (["nohup", *hear], "0\n")):
+        assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout == expected
+
+
+def test_a_run_goes_on_where_its_words_cannot_be_written(store, tmp_path):
+    """A terminal that is gone, or a full disk: not what hours of training should end with."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(store, tmp_path / "run", "--batch-size", "16", "--epochs", "1"), cwd=ROOT,
+                              stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(runs.read_log(tmp_path / "run" / "log.jsonl")) == 1
 
 
 def test_a_run_whose_output_nobody_reads_stops_in_good_order(store, tmp_path):
@@ -280,7 +334,7 @@ def test_a_warning_does_nothing_to_a_terminal(capsys):
 
 def test_a_plateau_is_warned_of_once(store, capsys):
     """A mean loss within 1% of ln(classes) after 500 steps, and only then."""
-    stuck = types.SimpleNamespace(batch_size=16)
+    stuck = types.SimpleNamespace(batch_size=16, recipe="2012")
     a_run, watch = runs.Training(stuck, store, None, None, None, ""), Watch(torch.device("cpu"))
     a_run.state.step_in_epoch = 20
     for step, loss, warnings in ((480, 1.0, 0), (500, 0.98, 0), (520, 1.0, 1), (540, 1.005, 0)):
