@@ -55,7 +55,7 @@ def main(argv=None) -> int:
     result |= {"protocol": "ten-crop" if args.ten_crop else "center", "checkpoints": [str(path) for path in paths]}
     if args.per_class:
         result["per_class"] = per_class(rows, store.classes)
-    print(json.dumps(result) if args.json else report(result))
+    print(json.dumps(result) if args.json else report(result, len(store.classes)))
     if args.predictions:
         write_predictions(Path(args.predictions), rows, store.classes, names)
     if args.confusion:
@@ -121,7 +121,11 @@ def open_store(args, checkpoint: dict) -> Store:
     path = ROOT / checkpoint["store"]
     if not checkpoint["store"] or not path.is_dir():
         raise UserError("the store that the checkpoint was trained on is not here; name one with --data or --dataset")
-    return Store(path)
+    store = Store(path)
+    if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
+        print(f"warning: {shown(path)} was packed anew after this net had been trained; what are validation pictures "
+              "now may have been trained on", file=sys.stderr)
+    return store
 
 
 def choose_split(args, store: Store) -> str:
@@ -236,12 +240,12 @@ def write_predictions(path: Path, rows: list, classes: list[str], names: list[st
 # ---------------------------------------------------------------------------------------------- what it says
 
 
-def report(result: dict) -> str:
+def report(result: dict, classes: int) -> str:
     models = "1 model" if result["models"] == 1 else f"{result['models']} models, softmax outputs averaged"
     crops = "ten crops, softmax outputs averaged" if result["protocol"] == "ten-crop" else "centre crop"
     bf16 = "; bf16" if result["precision"] == "bf16" else ""
     lines = [f"{result['data']}, {result['split']} split, {result['images']:,} images; {crops}; {models}{bf16}"]
-    for k in (1, 5) if "loss" in result else ():
+    for k in (k for k in (1, 5) if k < classes and "loss" in result):
         low, high = result[f"top{k}_interval"]
         lines.append(f"top-{k} error {result[f'top{k}_error']:6.2f}%   (95% interval {low:.2f} to {high:.2f}%)")
     for entry in result.get("per_class", ()):

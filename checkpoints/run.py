@@ -83,6 +83,8 @@ def refuse_taken(out: Path) -> None:
     if held == ["config.json"]:
         raise UserError(f"{out} holds nothing but a config.json, perhaps of a run that was killed at its very start; "
                         "remove that, or choose another --out")
+    if held and not {LAST, PREVIOUS} & set(held):
+        raise UserError(f"{out} holds a run without its {LAST}, which cannot go on; choose another --out")
     if held:
         raise UserError(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
 
@@ -129,7 +131,7 @@ def run_folder(run: Training, device: torch.device, rank: int, world: int):
             refuse_taken(out)  # another run may have begun, and ended, while this one packed its pictures
         try:
             if run.args.resume:
-                warning = reopen(run)
+                warning = reopen(run, world)
             else:
                 warning = ""
                 write_config(run, {
@@ -148,9 +150,10 @@ def run_folder(run: Training, device: torch.device, rank: int, world: int):
         yield warning
 
 
-def reopen(run: Training) -> str:
+def reopen(run: Training, world: int) -> str:
     """Cut the log back to the checkpoint: lines after it, and the line of a --max-steps stop in mid-epoch, are written
-    anew. Returns a warning where lines before it are damaged, or other kernels compute now than at the start."""
+    anew. Returns a warning where lines before it are damaged, or where other kernels, or another number of processes,
+    compute now than at the start."""
     out, warnings = run.args.out, []
     kept = {
         entry["epoch"]: entry for entry in read_log(out / "log.jsonl")
@@ -163,7 +166,11 @@ def reopen(run: Training) -> str:
     if missing:
         warnings.append(f"{out / 'log.jsonl'} is damaged: it has no whole line of epoch {', '.join(missing)}")
     if config["kernels"] != run.kernels:
-        warnings.append(f"this run had: {config['kernels']}; now: {run.kernels}. The sums are rounded otherwise")
+        warnings.append(f"this run was started with {config['kernels']} and goes on with {run.kernels}: results may "
+                        "differ by rounding")
+    if (before := config.get("processes", world)) != world:
+        warnings.append(f"this run was started with {before} process{'es' * (before != 1)} and goes on with {world}: "
+                        "dropout's masks are others")
     return "; ".join(warnings)
 
 
@@ -234,7 +241,7 @@ def checkpoint(run: Training) -> dict:
         "wnids": run.store.wnids, "mean": store_mean(run.args, run.store), "store_size": run.store.size,
         "resize": run.store.manifest["resize"], "image_size": run.net.config["image_size"], "epoch": run.state.epoch,
         "step": run.state.step, "best": run.schedule.best, "dataset": run.store.name,
-        "store": portable(run.store.path),
+        "store": portable(run.store.path), "fingerprint": run.store.fingerprint,
     }
 
 

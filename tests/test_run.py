@@ -19,6 +19,7 @@ from conftest import small_source
 from helpers import ROOT, assert_same_state, command, environment, load, numbers, resume, run
 
 import checkpoints
+import options
 import train
 import utils
 from checkpoints import run as runs
@@ -112,14 +113,18 @@ def test_kernels_and_resume(run_folder, tmp_path, capsys):
     out = shutil.copytree(run_folder, tmp_path / "run")
     config = json.loads((out / "config.json").read_text())
     assert config["kernels"].startswith("LRN compiled from kernels.c")
-    config["kernels"] = "LRN by hand"
+    config["kernels"], config["processes"], config["arguments"]["kernels"] = "LRN by hand", 8, "on"
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r'config.json was changed since train.py wrote it, .* remove its "checksum"'):
         resume(out, "--epochs", 2)
     del config["checksum"]
     (out / "config.json").write_text(json.dumps(config))
+    assert options.parse(["--resume", "--out", str(out)]).kernels == "on"
+    assert options.parse(["--resume", "--out", str(out), "--kernels", "auto"]).kernels == "auto"  # the way out
     resume(out, "--epochs", 2, "--max-steps", 7)
-    assert "warning: this run had: LRN by hand; now: LRN compiled from kernels.c" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: this run was started with LRN by hand and goes on with LRN compiled from kernels.c" in said
+    assert "this run was started with 8 processes and goes on with 1: dropout's masks are others" in said
 
 
 def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_path):
@@ -174,6 +179,9 @@ def test_any_file_of_a_run_makes_a_folder_one(store, tmp_path, kept):
     (tmp_path / kept).write_bytes(b"")
     with pytest.raises(UserError, match="nothing but a config.json" if kept == "config.json" else "holds a run"):
         run(store, tmp_path)
+    if kept != "last.pt":
+        with pytest.raises(UserError, match=r"nothing to resume: no .*; choose another --out without --resume"):
+            resume(tmp_path)
 
 
 def test_a_death_between_log_and_checkpoint_leaves_one_line_an_epoch(store, tmp_path, monkeypatch, two_epochs_log):

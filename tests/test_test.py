@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_source
-from helpers import load
+from helpers import ROOT, load
 from PIL import Image
 
 import checkpoints
 import test
 from data import pack, sources
+from data.store import Store
 from model import AlexNet
 from utils import UserError
 
@@ -52,6 +53,19 @@ def test_ten_crops_and_ensembles(run_folder, capsys):
     assert twice["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
+def test_a_store_that_was_packed_anew_is_told_of(run_folder, tmp_path, capsys):
+    """With another --val pictures that were trained on are for validation now."""
+    checkpoint = load(run_folder / "best.pt")
+    assert checkpoint["fingerprint"] == Store(ROOT / checkpoint["store"]).fingerprint
+    for fingerprint, told in ((checkpoint["fingerprint"], False), ("0" * 64, True), (None, False)):
+        other = checkpoint | {"fingerprint": fingerprint}
+        if not fingerprint:  # as converted ones, and those of an earlier version
+            del other["fingerprint"]
+        checkpoints.save_checkpoint(tmp_path / "other.pt", other)
+        assert test.main([str(tmp_path / "other.pt"), "--split", "val"]) == 0
+        assert ("was packed anew after this net had been trained" in capsys.readouterr().err) == told
+
+
 def test_bf16_when_asked_for(run_folder, capsys):
     """fp32 otherwise; about the same loss, but not the same."""
     exact = run_json(capsys, run_folder / "best.pt")
@@ -66,7 +80,8 @@ def test_the_report_is_readable(run_folder, capsys):
     test.main([str(run_folder / "best.pt"), "--ten-crop", "--per-class"])
     out = capsys.readouterr().out
     assert "small, test split, 30 images; ten crops, softmax outputs averaged; 1 model" in out
-    assert "95% interval" in out
+    assert out.count("95% interval") == 1
+    assert "top-5" not in out  # of four classes
     assert sum(line.count("class ") > 0 for line in out.splitlines()) == 4
 
 
