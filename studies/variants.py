@@ -37,8 +37,9 @@ class Halved(nn.Module):
         return x / 2
 
 
-def build(variant: str, num_classes: int, image_size: int, recipe: str = "2012") -> AlexNet:
-    """The net, initialised from torch's generator: for 1000 classes of 224 pixels "half" has 59,798,312 parameters."""
+def build(variant: str, num_classes: int, image_size: int, recipe: str = "2012", seed: int = 0) -> AlexNet:
+    """The net with the first weights of that seed, which are train.py's own for "no-masks". For 1000 classes of 224
+    pixels "half" has 59,798,312 parameters."""
     net = AlexNet(num_classes, image_size=image_size)
     if variant == "half":
         for name, (channels, kernels) in KERNELS.items():
@@ -46,6 +47,7 @@ def build(variant: str, num_classes: int, image_size: int, recipe: str = "2012")
             setattr(net, name, nn.Conv2d(channels, kernels, whole.kernel_size, whole.stride, whole.padding))
     else:
         net.drop6, net.drop7 = Halved(), Halved()
+    utils.seed_all(seed)
     net.init_weights(recipe)
     net.config["net"] = variant  # so that its checkpoints are not taken for AlexNet's
     return net
@@ -65,8 +67,7 @@ def main(variant: str, argv) -> int:
     options.settle(args, store, device, world=1)
     utils.no_tf32()
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    utils.seed_all(args.seed)
-    net = build(variant, len(store.classes), args.image_size, args.recipe)
+    net = build(variant, len(store.classes), args.image_size, args.recipe, args.seed)
     net = net.to(device, memory_format=torch.channels_last)
     kernels = accelerate(net)
     optimizer = make_optimizer(

@@ -8,6 +8,7 @@ import torch
 import checkpoints
 import test
 import train
+import utils
 from checkpoints.run import environment, locked, read_log
 from data import pack
 from data.store import Store
@@ -134,10 +135,11 @@ def test_what_a_kill_leaves_does_not_stand_in_the_way(small):
     out.mkdir(parents=True)
     (out / "config.json").write_text("{}")
     published.main(["base", *CPU])
-    before = read_log(published.RESULTS)
+    before, trained = read_log(published.RESULTS), (out / "best.pt").stat().st_mtime_ns
     shutil.move(published.RESULTS, small / "away")
     published.main(["base", *CPU])
     after = read_log(published.RESULTS)
+    assert (out / "best.pt").stat().st_mtime_ns == trained  # an hour's work: tested again, not trained again
     assert [e.get("center_error") for e in after] == [e.get("center_error") for e in before]
 
 
@@ -174,6 +176,15 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
     said = (run / "report.html").read_text()
     assert said.count("<img") == 3
     assert "unknown net half" in said
+
+
+def test_a_net_without_masks_starts_as_its_pair_does():
+    """The table compares it with the net of the same seed, as the other rows."""
+    plain = AlexNet(3, image_size=64)
+    utils.seed_all(7)
+    plain.init_weights("2012")
+    found = variants.build("no-masks", 3, 64, seed=7).state_dict()
+    assert all(torch.equal(found[name], weights) for name, weights in plain.state_dict().items())
 
 
 def test_a_net_without_masks_halves_in_training_too():
