@@ -24,6 +24,8 @@ def results_file(name: str) -> Path:
     """A file of results to append lines to; its folder is made. Raises UserError where it could not be written, or
     holds something else than lines of JSON."""
     path = Path(name)
+    if path.suffix == ".png":
+        raise UserError(f"{path}: --out names a file of lines of results; .png is for a figure beside it")
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file; name another --out")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,10 +68,9 @@ def main(argv=None) -> int:
     about = {"dataset": args.dataset, "image_size": run.image_size, "precision": run.precision, "steps": args.steps,
              "stop_below": args.stop_below}
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
-    done = {tuple(entry[k] for k in KEY) for entry in read_runs(out)}
     for seed, cell in itertools.product(range(args.seeds), cells):
         entry = about | {"seed": seed, **cell}
-        if tuple(entry[k] for k in KEY) not in done:
+        if all(run_of(entry) != run_of(other) for other in read_runs(out)):
             began = time.monotonic()
             run = settled(args, store, device, seed)
             losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
@@ -93,11 +92,20 @@ def settled(args, store, device, seed: int):
     return run
 
 
+def run_of(entry: dict) -> tuple:
+    """What tells a run from others."""
+    return tuple(entry[k] for k in KEY)
+
+
 def read_runs(out: Path) -> list[dict]:
+    """The runs of a file, each once: two processes may have made the same."""
     found = [EARLIER | entry for entry in read_log(out)]
     if any(set(KEY) - set(entry) for entry in found):
         raise UserError(f"{out} holds lines of another kind; name another --out")
-    return found
+    first = {}
+    for entry in found:
+        first.setdefault(run_of(entry), entry)
+    return list(first.values())
 
 
 # ---------------------------------------------------------------------------------------------- one run

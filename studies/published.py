@@ -209,9 +209,12 @@ def make_net(name: str, row: Row, seed: int, device: torch.device, precision: st
 
 
 def train_net(row: Row, seed: int, device: torch.device, precision: str, out: Path) -> tuple[int, str | None]:
-    """train.py's exit status, and what it said if the net diverged."""
+    """train.py's exit status, and what it said if the net diverged. A net that is finished, but has no line in RESULTS
+    any more, is not trained again; where that is wanted, remove its folder."""
     started = any((out / name).exists() for name in (LAST, PREVIOUS))
-    if not started:  # killed at its very start, or its line in RESULTS has been taken away
+    if not started and (out / "best.pt").exists():  # it loses the other two when its line is written
+        return 0, None
+    if not started:  # killed at its very start
         shutil.rmtree(out, ignore_errors=True)
     anew = ["--seed", str(seed), "--precision", precision, "--device", device.type, "--out", str(out)]
     try:

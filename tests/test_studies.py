@@ -1,5 +1,6 @@
 """studies/plateau.py and common.py."""
 
+import json
 import math
 import re
 import threading
@@ -33,6 +34,9 @@ def test_plateau_trains_as_train_py_does(store, tmp_path, monkeypatch, capsys):
     assert entry["train_loss"] == pytest.approx(np.mean(seen[0][0]), rel=1e-5)
     lines = read_log(tmp_path / "x.jsonl")
     assert [line["seed"] for line in lines] == [0, 1]
+    with open(tmp_path / "x.jsonl", "a") as file:
+        file.write(json.dumps(lines[0]) + "\n")  # as a second process writes it that makes the same run
+    assert [run["seed"] for run in plateau.read_runs(tmp_path / "x.jsonl")] == [0, 1]
     assert lines[0]["losses"] == pytest.approx(seen[0][0], abs=1e-4)
     assert re.search(r"\| 0-255 \| paper \| 2012 \| 2x \| no \| [\d.]+ \| -, - \|", capsys.readouterr().out)
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -89,6 +93,12 @@ def test_plateau_summary_says_when_the_loss_left():
     assert plateau.summary([2.3] * 100, 10)["left"] is None
     diverged = plateau.summary([2.3] * 9 + [math.inf], 10)
     assert (diverged["finite"], diverged["left"], diverged["losses"]) == (False, None, [2.3, None])
+
+
+def test_results_are_not_written_where_the_figure_goes(tmp_path):
+    """Which is drawn over --out with the ending .png."""
+    with pytest.raises(UserError, match=r"x.png: --out names a file of lines of results"):
+        common.results_file(str(tmp_path / "x.png"))
 
 
 def test_one_process_holds_a_folder(tmp_path):
