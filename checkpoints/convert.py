@@ -170,6 +170,9 @@ def from_caffe(file: str, mean_file: str | None) -> dict:
         raise UserError(f"{file} pools before it normalises: this is CaffeNet, not AlexNet, and is not taken")
     if [name for name in names if name in CAFFE_ORDER] != list(CAFFE_ORDER):
         raise UserError(f"{file} is no bvlc_alexnet: its layers do not come in the order {', '.join(CAFFE_ORDER)}")
+    others = [layer.name for layer in layers if layer.blobs and layer.name not in CAFFE_ORDER]
+    if others:
+        raise UserError(f"{file} is no bvlc_alexnet: it has another layer with weights, {others[0]}")
     all_blobs = {layer.name: layer.blobs for layer in layers}
     count = read_blob(all_blobs["fc8"][1], file, "fc8.bias").size if len(all_blobs["fc8"]) == 2 else 1
     with torch.device("meta"):  # names and shapes only

@@ -192,6 +192,9 @@ def test_what_is_not_bvlc_alexnet_is_refused(weights, tmp_path):
     cases = {
         r"fc8.weight has \d+ bytes": tmp_path / "g",
         "no layer norm1": write_net(tmp_path / "i", light, order=[n for n in ORDER if n != "norm1"]),
+        "another layer with weights, bn1": write_net(
+            tmp_path / "l", light | {"bn1": [np.zeros(96)]}, order=(*ORDER[:1], "bn1", *ORDER[1:])
+        ),
         "in the order": write_net(tmp_path / "j", light, order=("norm1", *ORDER[:1], *ORDER[2:])),
         "not one k above 0": write_net(tmp_path / "k", light, norm=lrn(k=float("nan"))),
         "CaffeNet": write_net(tmp_path / "a", light, order=swapped),
