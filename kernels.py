@@ -12,8 +12,9 @@
     FReLU, SReLU    the derivative written out: like a ReLU, they keep their output alone
     ReLU, ELU       in place, in an AlexNet: no other layer of it needs what they overwrite
 
-Each is compared with its formula when it is first used, output and gradients, and left out where they differ; masks
-can't be, and torch has its own tests for working in place. Parameters and their names stay, so a net has the same
+Each is compared with its formula when it is first used, output and gradients, and left out where they differ (those in
+torch's own operations, FReLU, SReLU and LRN without a kernel, in float32 on the CPU, whatever the device); masks can't
+be, and torch has its own tests for working in place. Parameters and their names stay, so a net has the same
 checkpoints with and without. What a fast version can't take (other devices, dtypes, layouts, wider windows) goes to a
 slower one.
 
@@ -533,7 +534,13 @@ def compiled(size: int) -> tuple[ctypes.CDLL | None, str]:
             built = Path(folder) / "kernels.so"
             command = [*compiler.split(), *optimise, *flags, "-o", str(built), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
-            loaded = ctypes.CDLL(str(built))
+            try:
+                loaded = ctypes.CDLL(str(built))
+            except OSError:
+                if built.exists():
+                    place = tempfile.gettempdir()
+                    return None, f"kernels.c can't be loaded from {place}; set TMPDIR to a folder without noexec"
+                raise
             loaded.lrn_forward, loaded.lrn_backward  # noqa: B018  (raises where they are hidden)
             return loaded, ""
     return None, f"{compiler} can't build kernels.c here"

@@ -455,6 +455,15 @@ def test_without_a_compiler_lrn_is_done_by_torchs_operations(fresh, compiler, re
     assert type(net.fc6) is FastLinear
 
 
+def test_a_folder_that_may_not_hold_programs_is_not_laid_to_the_compiler(fresh, tmp_path):
+    """As /tmp of many clusters, where what is built cannot be loaded; here because it is no program."""
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho > "$2"\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    assert "kernels.c can't be loaded from " in kernels.compiled(5)[1]
+
+
 def test_a_compiler_that_lacks_gccs_options_builds_the_kernels_too(fresh, tmp_path):
     """As clang does, which knows no -fvect-cost-model=dynamic."""
     compiler = tmp_path / "plain-cc"
