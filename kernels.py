@@ -227,6 +227,7 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         fast = (
             x.device.type == "cpu" and x.ndim == 2 and x.numel() and self.weight.numel() and self.bias is not None
+            and x.shape[1] == self.weight.shape[1]  # otherwise torch says what does not fit
             and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         )
         return dense(x, self.weight, self.bias) if fast else super().forward(x)

@@ -299,9 +299,9 @@ def _check_options(num_classes, image_size, columns, order, activation, dropout,
     _check("order", order, order in ORDERS, " or ".join(ORDERS))
     least = SMALLEST[order]
     _check("image_size", image_size, isinstance(image_size, int) and image_size >= least, f"{least} pixels or more")
-    _check("columns", columns, columns in (1, 2), "1 or 2")
+    _check("columns", columns, isinstance(columns, int) and columns in (1, 2), "1 or 2")
     _check("activation", activation, activation in list(ACTIVATIONS), " or ".join(ACTIVATIONS))
-    _check("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
+    _check("dropout", dropout, isinstance(dropout, int | float) and 0 <= dropout < 1, "at least 0 and below 1")
     _check("lrn_alpha", lrn_alpha, lrn_alpha in LRN_ALPHAS, " or ".join(LRN_ALPHAS))
     _check("lrn_k", lrn_k, isinstance(lrn_k, int | float) and 0 < lrn_k < 1e30, "a number above 0")
 

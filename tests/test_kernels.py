@@ -183,6 +183,8 @@ def test_dense_layers_leave_to_torch_what_they_must():
     fast = FastLinear(4, 3)
     assert fast(torch.randn(2, 5, 4)).shape == (2, 5, 3)
     assert fast(torch.empty(0, 4)).shape == (0, 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fast(torch.randn(2, 5))
     assert FastLinear(4, 3, bias=False)(torch.randn(2, 4)).shape == (2, 3)
     assert FastLinear(4, 3).double()(torch.randn(2, 4).double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):

@@ -80,8 +80,9 @@ def test_layer_table_of_the_docstring_adds_up():
     [
         {"image_size": 62}, {"image_size": "64"}, {"columns": 3}, {"columns": 0}, {"order": "caffe"},
         {"activation": "gelu"}, {"activation": ["relu"]},
-        {"dropout": 1.0}, {"dropout": -0.1}, {"num_classes": 0}, {"lrn_alpha": "caffe"},
-        {"lrn_k": 0}, {"lrn_k": "2"}, {"lrn_k": float("nan")}, {"image_size": 63, "order": "2012"},
+        {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": "0.5"}, {"columns": 1.0}, {"num_classes": 0},
+        {"lrn_alpha": "caffe"}, {"lrn_k": 0}, {"lrn_k": "2"}, {"lrn_k": float("nan")},
+        {"image_size": 63, "order": "2012"},
     ],
 )
 def test_a_wrong_option_is_named(options):
