@@ -6,6 +6,7 @@ This is the one place that knows kinds of nets: AlexNet, and the nets of convert
 import errno
 import importlib.util
 import json
+import math
 import os
 import pickle
 import struct
@@ -136,6 +137,8 @@ def _read_safetensors(path: Path, device) -> dict:
         wanted = checkpoint.pop("crc32", None)
         if wanted not in (None, weights_checksum(checkpoint, tensors)):
             raise ValueError("checksum")
+        if checkpoint["best"] is None:
+            checkpoint["best"] = math.inf
         return checkpoint | {"mean": tensors.pop("mean"), "model": tensors, "store": ""}
     except Exception as error:  # of its own kinds; and what a header of another kind brings about
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None

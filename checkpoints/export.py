@@ -18,6 +18,7 @@ Both need packages that the requirements leave out: pip install -r checkpoints/r
 import copy
 import io
 import json
+import math
 import os
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -176,9 +177,11 @@ def to_safetensors(checkpoint: dict, path) -> tuple[bytes, str]:
     tensors = {name: tensor.clone().contiguous() for name, tensor in checkpoint["model"].items()}
     tensors["mean"] = checkpoint["mean"].contiguous()
     about = {key: checkpoint[key] for key in KEYS if key not in ("model", "mean", "store")}
+    if math.isinf(about["best"]):  # a converted net has none, and JSON no infinity
+        about["best"] = None
     about["crc32"] = weights_checksum(about, tensors)
     # One entry: safetensors writes several in any order, and the same net would give different files.
-    return save(tensors, {"alexnet": json.dumps(about)}), "weights and mean"
+    return save(tensors, {"alexnet": json.dumps(about, allow_nan=False)}), "weights and mean"
 
 
 def make_parser() -> Parser:

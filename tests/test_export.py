@@ -1,6 +1,7 @@
 """checkpoints/export.py: files for other programs give what the net gives, and say nothing of this machine."""
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -172,6 +173,21 @@ def test_a_config_that_is_too_large_for_its_weights_takes_no_memory(run_folder, 
     torch.save(content | changed, tmp_path / "huge.pt")
     with pytest.raises(UserError, match=r"the weights do not fit the net: fc6.weight is"):
         load_model(tmp_path / "huge.pt")
+
+
+def test_a_converted_net_without_a_best_error_gives_a_header_of_strict_json(run_folder, tmp_path):
+    from safetensors import safe_open
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    path = tmp_path / "net.safetensors"
+    torch.save(load_checkpoint(run_folder / "best.pt") | {"best": math.inf}, tmp_path / "converted.pt")
+    export.main([str(tmp_path / "converted.pt"), str(path)])
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["alexnet"], parse_constant=refuse)
+    assert about["best"] is None
+    assert load_checkpoint(path)["best"] == math.inf
 
 
 def test_a_flipped_bit_in_safetensors_is_refused(run_folder, tmp_path):
