@@ -22,10 +22,13 @@ LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", 
 
 
 def join(device: torch.device) -> tuple[int, int]:
-    """(rank, number of processes); joins torchrun's group where there is one."""
+    """(rank, number of processes); joins torchrun's group where there is one. Raises UserError where there are more
+    processes than GPUs."""
     rank, world = int(os.environ.get("RANK", 0)), number_of_processes()
     if world == 1:
         return 0, 1
+    if device.type == "cuda" and device.index >= (gpus := torch.cuda.device_count()):
+        raise UserError(f"process {device.index + 1} of this machine finds {gpus} GPUs; start at most one a GPU")
     how = {}
     if _has_board():
         # torch would meet at keys that are still there from before a restart, and connect to processes that are gone.

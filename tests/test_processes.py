@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, assert_same_state, command, environment, load, numbers, resume, run
 from test_train import BF16
 
@@ -214,3 +215,11 @@ def test_one_process_needs_none_of_this(monkeypatch):
     assert processes.leave(3) == 3
     with pytest.raises(UserError), processes.ending_together():
         raise UserError("as it is")
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"process 3 of this machine finds 2 GPUs; start at most one a GPU"):
+        processes.join(torch.device("cuda", 2))
