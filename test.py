@@ -28,7 +28,7 @@ from checkpoints import load_member, watch_features
 from checkpoints.loose import Namer
 from checkpoints.run import ROOT
 from data import sources
-from data.loader import Loader, default_workers
+from data.loader import Loader, default_workers, machine_errors
 from data.pack import named_store
 from data.pictures import printable
 from data.store import Store
@@ -51,7 +51,8 @@ def main(argv=None) -> int:
     check_fit(paths, members, store)
     names = store.names(split)
     seen = watch_features(members[0][0]) if args.features else []
-    result, rows = measure(members, store, split, args.batch_size, args.precision)
+    with machine_errors():
+        result, rows = measure(members, store, split, args.batch_size, args.precision)
     result |= {"protocol": "ten-crop" if args.ten_crop else "center", "checkpoints": [str(path) for path in paths]}
     if args.per_class:
         result["per_class"] = per_class(rows, store.classes)

@@ -42,7 +42,7 @@ from checkpoints.run import (
 )
 from data import sources
 from data.augment import Augment, epoch_tables
-from data.loader import Loader, worker_errors
+from data.loader import Loader, machine_errors
 from data.manifest import MANIFEST
 from data.pack import named_store, store_of
 from data.store import Store
@@ -80,7 +80,7 @@ def main(argv=None) -> int:
             processes.remember_run(args.out)
             watch.warn(warning)
             watch.say(describe(run, watch))
-            with worker_errors():
+            with machine_errors():
                 status = fit(run, watch)
         watch.say(conclusion(run, status))
         watch.warn(fallback)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from data.augment import Augment
+from data.loader import lacks_memory
 from data.manifest import SHORTER_SIDE, WARPED
 from data.pictures import to_square
 from model import AlexNet
@@ -78,7 +79,7 @@ def _read_pt(path: Path, device) -> dict:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no checkpoint of this project, or holds code, which is not run") from None
     except Exception as error:  # torch's reader raises nearly anything on files of other kinds
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if lacks_memory(error):
             raise UserError(f"{path}: {device} has too little free memory to load it") from None
         raise UserError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from None
 

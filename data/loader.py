@@ -116,7 +116,7 @@ class Loader:
         )
         iterator = iter(streamed)
         try:
-            with worker_errors():
+            with machine_errors():
                 for images, labels, samples, bad in iterator:
                     self._note(bad)
                     self.unread[samples] = False  # workers are forked anew for the next epoch, and know it then
@@ -130,15 +130,24 @@ class Loader:
 
 
 @contextmanager
-def worker_errors():
-    """A worker that was killed is a UserError. torch raises it wherever the main thread is just then."""
+def machine_errors():
+    """A worker that was killed is a UserError, and so is memory that ran out, on a GPU or not. torch raises the first
+    wherever the main thread is just then."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(f"a process that reads pictures has ended ({one_line(error)}); if nothing above says why, "
+                            "memory may have run out: take fewer --workers") from None
+        if isinstance(error, RuntimeError) and not lacks_memory(error):
             raise
-        raise UserError(f"a process that reads pictures has ended ({one_line(error)}); if nothing above says why, "
-                        "memory may have run out: take fewer --workers") from None
+        raise UserError(f"memory ran out ({one_line(error) or 'MemoryError'}); take a smaller --batch-size, or stop "
+                        "what else runs on this device") from None
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, a GPU's, or torch's on a CPU, which has no type."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class _Batches(Dataset):

@@ -11,7 +11,7 @@ import torch
 from helpers import damage
 
 from data.augment import epoch_tables
-from data.loader import RESIDENT_BYTES, SHARED, Loader, default_workers
+from data.loader import RESIDENT_BYTES, SHARED, Loader, default_workers, machine_errors
 from data.store import Store
 from utils import UserError
 
@@ -155,6 +155,17 @@ def test_a_worker_that_is_killed_is_one_line(store, monkeypatch):
     monkeypatch.setattr(loader.records, "read", killed)
     with pytest.raises(UserError, match=r"has ended \(DataLoader worker.*take fewer --workers"):
         list(loader.batches([np.arange(8)]))
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+], ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_is_one_line(error):
+    with pytest.raises(UserError, match=r"memory ran out \(.*\); take a smaller --batch-size"), machine_errors():
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), machine_errors():
+        raise RuntimeError("a bug")
 
 
 def test_too_little_shared_memory_is_told(store):
