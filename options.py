@@ -15,7 +15,7 @@ from checkpoints.run import LAST, PREVIOUS, RUN_FILES, read_config, refuse_taken
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
-from data.manifest import MANIFEST
+from data.manifest import is_store
 from data.store import Store
 from data.trees import VAL
 from kernels import multiplies_bf16
@@ -75,7 +75,7 @@ def resumed(args: Namespace, given: dict) -> Namespace:
         stored["patience"] = None  # it has none
     packed_from = stored.get("packed_from", {})
     if "data" in given and given["data"] not in (stored.get("data"), packed_from.get("data")):
-        if not (Path(given["data"]) / MANIFEST).exists():
+        if not is_store(Path(given["data"])):
             started = before("data", packed_from.get("data", stored["data"]))
             raise UserError(f"--data {given['data']} is no store; {folder} was started {started}")
         stored["data"] = given["data"]  # the store was moved: settle() looks whether it is the same

@@ -43,7 +43,7 @@ from checkpoints.run import (
 from data import sources
 from data.augment import Augment, epoch_tables
 from data.loader import Loader, machine_errors
-from data.manifest import MANIFEST
+from data.manifest import is_store
 from data.pack import named_store, store_of
 from data.store import Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
@@ -305,7 +305,7 @@ def open_store(args, watch: Watch) -> tuple[Store, str]:
 def stored(args, watch: Watch) -> Store:
     """The store that --data names, or that of the folder of pictures that it names, packed where there is none yet."""
     path = Path(args.data)
-    if (path / MANIFEST).exists() or not path.exists():
+    if is_store(path) or not path.exists():
         if args.val is not None:
             raise UserError(f"--val is for a folder of pictures; {path} is a store, with validation pictures of its own"
                             if path.exists() else f"{path}: no such folder")

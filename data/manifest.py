@@ -24,14 +24,19 @@ PARTS = {
 FILE_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")  # of a store, from its folder
 
 
+def is_store(path: Path) -> bool:
+    """Whether a folder is a store, damaged perhaps; one of pictures may have a manifest.json of somebody else's."""
+    parts = (path / MEAN).exists() or next(path.glob("*/data.mdb"), None) is not None
+    return parts and (path / MANIFEST).exists()
+
+
 def read_manifest(store: Path) -> tuple[dict, str]:
     """(manifest, fingerprint) of a store's folder; the fingerprint is the file's SHA-256. Raises UserError where there
     is none, or where it is of another format, damaged or changed."""
+    if not is_store(store):
+        raise UserError(f"{store} is not a store; pack it first: python -m data.pack {store} --out STORE")
     path = store / MANIFEST
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{store} is not a store; pack it first: python -m data.pack {store} --out STORE") from None
+    text = path.read_bytes()
     try:
         manifest = json.loads(text)
         version = int(manifest["format"])

@@ -148,6 +148,16 @@ def test_sizes_and_folders_that_no_store_holds(stores, store, tmp_path):
         train.main(["--data", str(tmp_path / "loop")])
 
 
+def test_somebody_elses_manifest_among_the_pictures(stores, tmp_path):
+    fill(tmp_path / "photos" / "cat", 12)
+    fill(tmp_path / "photos" / "dog", 12, first=20)
+    (tmp_path / "photos" / "manifest.json").write_text('{"files": []}')
+    assert train.main(["--data", str(tmp_path / "photos"), "--val", "0.2", *SMALL]) == 0
+    assert len(list(stores.iterdir())) == 1
+    with pytest.raises(UserError, match=r"photos is not a store; pack it first"):
+        Store(tmp_path / "photos")
+
+
 def test_empty_arguments_are_told():
     for script in ("train.py", "test.py"):
         command = [sys.executable, script, "--data", ""]
