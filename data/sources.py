@@ -328,9 +328,10 @@ def _check_hdf5(path: Path, splits: dict) -> None:
         grey = images.ndim == 3
         shaped = (grey or (images.ndim == 4 and images.shape[3] == 3)) and 0 not in images.shape[1:]
         if images.dtype != np.uint8 or not shaped:
-            raise UserError(f"{path}: {split}/images must be uint8 (N, H, W) or (N, H, W, 3), not {images.shape}")
+            raise UserError(f"{path}: {split}/images must be uint8 (N, H, W) or (N, H, W, 3), not {images.dtype} "
+                            f"{images.shape}")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise UserError(f"{path}: {split}/labels must be whole numbers (N,), not {labels.shape} {labels.dtype}")
+            raise UserError(f"{path}: {split}/labels must be whole numbers (N,), not {labels.dtype} {labels.shape}")
         if len(images) != len(labels) or not len(images):
             raise UserError(f"{path}: {split} has {len(images)} images and {len(labels)} labels")
         for name, data in (("images", images), ("labels", labels)):
