@@ -293,8 +293,8 @@ def test_hdf5_files(tmp_path, monkeypatch, at_once):
         ({"train": (images, labels)}, "needs train/ and val/"),
         ({"train": (images, labels[:5]), "val": (images, labels)}, "8 images and 5 labels"),
         ({"train": (images, labels + 1), "val": (images, labels)}, "beyond the 2 classes"),
-        ({"train": (images.astype(float), labels), "val": (images, labels)}, r"must be uint8 .*not float64 \(8, 40, 40, 3\)"),
-        ({"train": (images, np.eye(2)[labels]), "val": (images, labels)}, r"whole numbers \(N,\), not float64 \(8, 2\)"),
+        ({"train": (images.astype(float), labels), "val": (images, labels)}, r"uint8 .* not float64 \(8, 40, 40, 3\)"),
+        ({"train": (images, np.eye(2)[labels]), "val": (images, labels)}, r"numbers \(N,\), not float64 \(8, 2\)"),
         ({"train": (images, [b"a"] * 8), "val": (images, labels)}, "must be whole numbers"),
     ):
         with pytest.raises(UserError, match=message):
