@@ -1,5 +1,6 @@
 """studies/published.py: nets made once, whatever stops them; tables that say what is there and what is not."""
 
+import re
 import shutil
 
 import pytest
@@ -283,8 +284,10 @@ def test_rows_are_commands_of_train_py():
 
 
 def test_the_guides_have_what_it_prints():
-    """results/README.md has both tables as they are; README.md the errors of the rows that it shows."""
-    results, readme = ((published.ROOT / name).read_text() for name in ("results/README.md", "README.md"))
+    """results/README.md has both tables as they are, README.md and REPRODUCTION.md the errors of the rows that they
+    show, the latter what ideas are worth, too."""
+    guides = ("results/README.md", "README.md", "REPRODUCTION.md")
+    results, readme, reproduction = ((published.ROOT / name).read_text() for name in guides)
     assert "\n".join(published.error_table()) in results
     assert "\n".join(published.idea_table()) in results
     for name, words in (("cifar10-default", "CIFAR-10, all defaults (65 epochs)"),
@@ -292,5 +295,12 @@ def test_the_guides_have_what_it_prints():
         nets = published.best_covered(name)[1]
         shown = [published.spread_of(nets, key) for key in (published.CENTER, published.TEN_CROP)]
         assert f"| {words} | 10,000 | {shown[0]}% | {shown[1]}% |" in readme.replace("**", "")
+    one = published.together("cifar10", published.best_covered("cifar10")[0])
+    for crops, figure in (("1 CNN, centre", shown[0]), ("1 CNN, ten", shown[1]), ("5 CNNs, ten", f"{one:.2f}")):
+        assert re.search(rf"\| {crops} crops? \| [^|]* \| {figure}% \|", reproduction)
+    for line in published.idea_table():
+        idea, worth = (line.split("|")[column].strip() for column in (1, 6))
+        if idea in ("LRN", "overlapping pooling", "colour noise", "ten crops"):
+            assert f"{worth.split(':')[0].lstrip('+')} points" in reproduction
     for e in read_log(published.RESULTS):
         assert "seed" not in e or (published.LOGS / e["log"]).exists()
