@@ -138,7 +138,7 @@ def _read_safetensors(path: Path, device) -> dict:
         wanted = checkpoint.pop("crc32", None)
         if wanted not in (None, weights_checksum(checkpoint, tensors)):
             raise ValueError("checksum")
-        if checkpoint["best"] is None:
+        if checkpoint.get("best", 0) is None:
             checkpoint["best"] = math.inf
         return checkpoint | {"mean": tensors.pop("mean"), "model": tensors, "store": ""}
     except Exception as error:  # of its own kinds; and what a header of another kind brings about
@@ -170,6 +170,8 @@ def _wrong_entry(c: dict) -> str | None:
         "config": isinstance(c["config"], dict),
         "classes": count > 0,
         "wnids": c["wnids"] is None or (_are_words(c["wnids"]) and len(c["wnids"]) == count),
+        "epoch, step or best": all(isinstance(c[name], int) for name in ("epoch", "step"))
+        and isinstance(c["best"], int | float) and not math.isnan(c["best"]),
         "image_size or store_size": sides and c["image_size"] <= c["store_size"],
         "resize": c["resize"] in (SHORTER_SIDE, WARPED),
         "dataset or store": isinstance(c["store"], str) and isinstance(c["dataset"], str),

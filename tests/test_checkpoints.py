@@ -62,7 +62,7 @@ def test_files_that_are_no_checkpoints_are_one_line(tmp_path, run_folder):
     [
         ("mean", torch.zeros(3)), ("mean", torch.zeros(10, 10, 3)), ("mean", torch.full((1, 1, 3), math.nan)),
         ("mean", None), ("classes", 4), ("classes", ["a"]), ("store_size", 0), ("image_size", 300),
-        ("image_size", "64"),
+        ("image_size", "64"), ("best", math.nan), ("best", "7"), ("epoch", None),
         ("resize", "stretched"), ("store", 5), ("config", None), ("config", {}), ("model", {"fc8.bias": 1}),
         ("mean", torch.zeros(1, 1, 3, device="meta")), ("model", {"fc8.bias": torch.zeros(4).to_sparse()}),
         ("model", {"fc8.weight": torch.zeros(1).expand(10**6, 10**6)}),  # 4 TB that take 4 bytes in the file
