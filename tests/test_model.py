@@ -45,6 +45,18 @@ def test_every_layer_has_the_papers_shape(size, columns, overlap, order):
     assert isinstance(net.norm2, LocalResponseNorm)
 
 
+def test_the_net_has_659272_neurons():
+    """The abstract: 650,000; figure 2 has 253,440 in conv1, 55 x 48 x 96, for 55 x 55 x 96."""
+    counts = {}
+    with torch.device("meta"):
+        net = AlexNet(1000)
+        for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"):
+            getattr(net, name).register_forward_hook(lambda _l, _i, out, name=name: counts.update({name: out.numel()}))
+        net(torch.zeros(1, 3, 224, 224))
+    assert counts["conv1"] == 290_400
+    assert sum(counts.values()) == 659_272
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_the_pools_are_3x3_or_2x2(overlap):
     """Paper, section 3.4: windows of 3 with stride 2, or of 2 with stride 2."""
