@@ -11,6 +11,7 @@ is left out, and the page says why: of a run of studies.frelu there are its sett
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -96,14 +97,15 @@ def what(run: Run) -> str:
 
 def result(run: Run) -> str:
     """The net and its errors on the test pictures."""
-    looked, counts = run.tested, run.store.counts
+    looked, counts, best = run.tested, run.store.counts, run.checkpoint["best"]
     parts = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     lines = [
         ["net", f"{describe_net(run.net)}, {run.size} x {run.size} pixels, "
          f"{sum(p.numel() for p in run.net.parameters()):,} parameters"],
         ["pictures", f"{run.store.name}: {parts}; {len(run.classes):,} classes, {run.store.size} x {run.store.size} "
          "pixels"],
-        ["best.pt", f"of epoch {run.checkpoint['epoch']}, lowest validation top-1 error {run.checkpoint['best']:.2f}%"],
+        ["best.pt", f"of epoch {run.checkpoint['epoch']}, lowest validation top-1 error {best:.2f}%"
+         if math.isfinite(best) else "of a run that was stopped in its first epoch"],
     ]
     hits = looked.probabilities.topk(min(5, len(run.classes))).indices == looked.labels[:, None]
     count, said = len(looked.labels), []

@@ -199,7 +199,8 @@ def deletion_drawn(guided: np.ndarray, random: np.ndarray) -> str:
 
 def signals(run: Run) -> str:
     """Mean and spread of each layer's outputs, at the start and now."""
-    inputs = run.inputs("train", run.rows("train")[:BATCH])
+    rows = run.rows("train")  # by class in the store of a folder
+    inputs = run.inputs("train", np.sort(np.random.default_rng(run.seed).permutation(rows)[:BATCH]))
     now, (start, note) = look.signals(run.net, inputs), start_of(run)
     before = look.signals(start, inputs) if start else {}
     lines = []

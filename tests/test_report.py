@@ -2,6 +2,7 @@
 a log has a page."""
 
 import json
+import math
 import re
 import shutil
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ from checkpoints.run import read_log
 from data import pack
 from model import AlexNet
 from studies import look, page, report, seen
+from studies.folder import Run
 from utils import UserError
 
 
@@ -44,7 +46,7 @@ def two_columns(store, tmp_path_factory):
     return out
 
 
-def made_run(store, out, epochs: int = 1, **arguments):
+def made_run(store, out, epochs: int = 1, best: float = 50.0, **arguments):
     """A run's folder as train.py leaves it, of a net that was not trained."""
     torch.manual_seed(0)
     net = AlexNet(len(store.classes), image_size=64)
@@ -52,7 +54,7 @@ def made_run(store, out, epochs: int = 1, **arguments):
     checkpoint = {
         "model": net.state_dict(), "config": net.config, "classes": store.classes, "wnids": None,
         "mean": torch.from_numpy(store.mean), "store_size": store.size, "resize": store.manifest["resize"],
-        "image_size": 64, "epoch": epochs, "step": epochs, "best": 50.0, "dataset": store.name,
+        "image_size": 64, "epoch": epochs, "step": epochs, "best": best, "dataset": store.name,
         "store": str(store.path),
     }
     torch.save(checkpoint, out / "best.pt")
@@ -151,6 +153,31 @@ def test_class_names_stay_text_and_missing_things_are_told(tmp_path):
     assert "How coloured" in said
 
 
+def test_signals_are_of_pictures_drawn_from_all(store, tmp_path, monkeypatch):
+    """The first rows of a folder's store are of one class."""
+    made_run(store, tmp_path / "run")
+    asked, real = [], Run.inputs
+    monkeypatch.setattr(seen, "BATCH", 8)
+    monkeypatch.setattr(Run, "inputs", lambda self, split, rows: asked.append((split, list(rows))) or real(
+        self, split, rows))
+    for seed in (0, 0, 1):
+        assert "over 8 training pictures" in seen.signals(Run(tmp_path / "run", seed=seed))
+    (split, first), again, other = asked
+    assert split == "train"
+    assert len(set(first)) == 8
+    assert first[-1] > 40  # of 96, with 8 drawn
+    assert again == ("train", first)
+    assert other != again
+
+
+def test_a_run_that_was_stopped_in_its_first_epoch(store, tmp_path):
+    made_run(store, tmp_path / "run", epochs=0, best=math.inf)
+    report.main([str(tmp_path / "run")])
+    _, said = read(tmp_path / "run" / "report.html")
+    assert "best.pt of a run that was stopped in its first epoch" in said
+    assert "inf%" not in said
+
+
 def test_a_thousand_classes_fit(tmp_path, drawn, monkeypatch):
     """30 lines of errors, five bars a picture, a confusion matrix without names. Of the sections that know classes."""
     sections = [(title, make) for title, make in report.SECTIONS if make not in (seen.patches, seen.signals)]
@@ -219,8 +246,8 @@ def test_runs_next_to_each_other(two_columns, tmp_path, drawn):
     assert "run lrn seed lowest validation error epochs done b False 3 20.00% 3 two-columns True 0" in said
     report.main([str(here), "--compare", str(two_columns), str(there), "--seed", "1"])
     _, said = read(here / "report.html")
-    assert "run dataset epochs lr seed lowest" in said  # what both kinds have
-    assert "c sample 4 0.1 1 15.00% 4" in said
+    assert "run dataset epochs lr network seed lowest" in said  # what both kinds have, and which net it is
+    assert "c sample 4 0.1 resnet20 1 15.00% 4" in said
     lines = drawn["compared"].axes[0].get_lines()
     for path, validation, training in zip((here, two_columns, there), lines[1::2], lines[::2], strict=True):
         log = read_log(path / "log.jsonl")
