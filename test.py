@@ -36,6 +36,7 @@ from kernels import accelerate
 from utils import Parser, UserError, replacing, run_script, shown, whole, write_text
 
 
+@machine_errors()
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     check_arguments(args)
@@ -51,8 +52,7 @@ def main(argv=None) -> int:
     check_fit(paths, members, store)
     names = store.names(split)
     seen = watch_features(members[0][0]) if args.features else []
-    with machine_errors():
-        result, rows = measure(members, store, split, args.batch_size, args.precision)
+    result, rows = measure(members, store, split, args.batch_size, args.precision)
     result |= {"protocol": "ten-crop" if args.ten_crop else "center", "checkpoints": [str(path) for path in paths]}
     if args.per_class:
         result["per_class"] = per_class(rows, store.classes)

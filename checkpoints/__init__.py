@@ -242,6 +242,8 @@ def build_net(checkpoint: dict, path: str | Path) -> nn.Module:
         net = new_net(checkpoint["config"])
         net.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        if lacks_memory(error):
+            raise
         raise UserError(f"{path}: the weights do not fit the net: {one_line(error)}") from None
     if not all(parameter.isfinite().all() for parameter in net.parameters()):
         raise UserError(f"{path} holds weights that are not finite; it is damaged")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import utils
 from checkpoints import load_member
+from data.loader import lacks_memory
 from data.pictures import ENDINGS, File, printable, to_square
 from data.pool import in_order
 from data.trees import pictures_below
@@ -62,6 +63,8 @@ class Namer:
         except UserError as error:
             return name, error
         except Exception as error:  # Pillow and libjpeg raise nearly anything on damaged files
+            if lacks_memory(error):
+                raise
             return name, UserError(f"{name} cannot be read as a picture ({type(error).__name__})")
         return name, [squares[way] for way in self.ways]
 

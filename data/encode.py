@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data.loader import lacks_memory
 from data.pictures import Files, pixels, square
 from data.store import encode_record
 from utils import UserError
@@ -77,9 +78,9 @@ def encode_chunk(job) -> Encoded:
             array, unusual = pixels(pictures[index], shape[2])
             small = square(array, shape[0])
             done.records.append(encode_record(payload(small, codec), label, shape, codec))
-        except (OSError, MemoryError):  # the machine's fault, not the picture's: stop, to be resumed
-            raise
         except Exception as error:  # damaged pictures raise nearly anything
+            if isinstance(error, OSError) or lacks_memory(error):  # the machine's fault: stop, to be resumed
+                raise
             reason = str(error) if isinstance(error, UserError) else f"{name} cannot be packed ({error!r})"
             done.skipped.append({"row": first + index, "picture": name, "reason": reason})
             continue

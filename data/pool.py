@@ -11,12 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context, parent_process
 
-from utils import UserError
+from data.loader import lacks_memory
+from utils import UserError, one_line
 
 
 @contextmanager
 def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes, all of them started. Raises UserError where one of them was killed."""
+    """So many processes, all of them started. Raises UserError where one of them was killed, or memory ran out."""
     # Forked workers start at once and do not import the calling script again; elsewhere the system's own way.
     context = get_context("fork" if "fork" in get_all_start_methods() else None)
     try:
@@ -25,6 +26,11 @@ def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
     except BrokenProcessPool:
         raise UserError("a packing process was killed (out of memory?); try fewer --workers") from None
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise UserError(f"memory ran out ({one_line(error) or 'MemoryError'}); try fewer --workers, or stop what else "
+                        "runs here") from None
 
 
 def _start_worker() -> None:

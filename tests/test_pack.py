@@ -136,6 +136,23 @@ def test_unreadable_pictures_are_named_and_stop_the_packing_over_one_percent(tre
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fine", "tree"]
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+], ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_is_no_pictures_fault(error, tree, tmp_path, monkeypatch):
+    """Not even one picture of many is left out for it; the same command goes on."""
+    def square(*_):
+        raise error
+
+    for number in range(200):
+        Image.new("RGB", (70, 70), (number, 0, 0)).save(tree / "train/cat" / f"x{number:03d}.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("data.encode.square", square)
+        with pytest.raises(UserError, match=r"^memory ran out \(.*\); try fewer --workers"):
+            pack.pack(sources.find(str(tree)), tmp_path / "store", size=64)
+    assert pack.pack(sources.find(str(tree)), tmp_path / "store", size=64).manifest["skipped"] == []
+
+
 def test_verify_finds_one_flipped_bit(tmp_path):
     store = pack.pack(small_source(), tmp_path / "store")
     assert pack.main(["--verify", str(store.path)]) == 0

@@ -176,6 +176,20 @@ def test_folders_of_pictures_are_named_in_batches(run_folder, tmp_path, capsys):
         assert line["classes"][0] == [model.classes[row.argmax()], pytest.approx(row.max().item(), abs=1e-5)]
 
 
+def test_memory_that_runs_out_is_one_line(run_folder, tmp_path, monkeypatch):
+    """While nets are made and pictures read, too; no picture is skipped for it."""
+    def short(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
+    Image.new("RGB", (70, 70)).save(tmp_path / "b.png")
+    for place in ("checkpoints.loose.to_square", "checkpoints.new_net"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, short)
+            with pytest.raises(UserError, match=r"^memory ran out \(.*\); take a smaller --batch-size"):
+                test.main([str(run_folder / "best.pt"), "--images", str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+
+
 def test_folders_without_pictures_are_one_line(run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     best = str(run_folder / "best.pt")
