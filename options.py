@@ -54,6 +54,11 @@ def parse(argv, interrupted: Path | None = None) -> Namespace:
         refuse_taken(args.out)
     if args.init:
         take_over_net(args, given)
+    if args.lrn_across and args.columns == 1:
+        raise UserError("--lrn-across: one column has no other to cross into; --columns 2 has")
+    useless = [name for name in ("lrn_alpha", "lrn_k", "lrn_across") if name in given]
+    if useless and not args.lrn:
+        raise UserError(f"{worded(useless[0], given[useless[0]])}: without LRN there is nothing for it to change")
     if args.freeze and not args.init:
         raise UserError(f"--freeze {args.freeze} keeps weights that have learnt nothing yet; --init CHECKPOINT brings "
                         "some that have")
