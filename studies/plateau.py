@@ -70,14 +70,14 @@ def main(argv=None) -> int:
     cells = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*(vars(args)[c] for c in CHOICES))]
     for seed, cell in itertools.product(range(args.seeds), cells):
         entry = about | {"seed": seed, **cell}
-        if all(run_of(entry) != run_of(other) for other in read_runs(out)):
+        if all(run_of(entry) != run_of(other) for other in read_runs(out, store.fingerprint)):
             began = time.monotonic()
             run = settled(args, store, device, seed)
             losses, outputs = first_losses(run, store, loader, device, cell, args.stop_below)
             entry |= summary(losses, len(store.classes)) | {"outputs": outputs, "seconds": time.monotonic() - began}
-            append_line(out, entry | machine)
+            append_line(out, entry | {"fingerprint": store.fingerprint} | machine)
             memory.hand_back()
-    entries = [e for e in read_runs(out) if all(e[k] == v for k, v in about.items())]
+    entries = [e for e in read_runs(out, store.fingerprint) if all(e[k] == v for k, v in about.items())]
     print(table(entries))
     draw(entries, out.with_suffix(".png"))
     return 0
@@ -97,14 +97,16 @@ def run_of(entry: dict) -> tuple:
     return tuple(entry[k] for k in KEY)
 
 
-def read_runs(out: Path) -> list[dict]:
-    """The runs of a file, each once: two processes may have made the same."""
-    found = [EARLIER | entry for entry in read_log(out)]
+def read_runs(out: Path, fingerprint: str) -> list[dict]:
+    """A file's runs on the store with this fingerprint, which lines did not say once; each one once: two processes may
+    have made the same."""
+    found = [EARLIER | {"fingerprint": fingerprint} | entry for entry in read_log(out)]
     if any(set(KEY) - set(entry) for entry in found):
         raise UserError(f"{out} holds lines of another kind; name another --out")
     first = {}
     for entry in found:
-        first.setdefault(run_of(entry), entry)
+        if entry["fingerprint"] == fingerprint:
+            first.setdefault(run_of(entry), entry)
     return list(first.values())
 
 

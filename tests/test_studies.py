@@ -36,7 +36,11 @@ def test_plateau_trains_as_train_py_does(store, tmp_path, monkeypatch, capsys):
     assert [line["seed"] for line in lines] == [0, 1]
     with open(tmp_path / "x.jsonl", "a") as file:
         file.write(json.dumps(lines[0]) + "\n")  # as a second process writes it that makes the same run
-    assert [run["seed"] for run in plateau.read_runs(tmp_path / "x.jsonl")] == [0, 1]
+    assert [run["seed"] for run in plateau.read_runs(tmp_path / "x.jsonl", store.fingerprint)] == [0, 1]
+    assert plateau.read_runs(tmp_path / "x.jsonl", "another store of the same name") == []
+    earlier = [{name: value for name, value in line.items() if name != "fingerprint"} for line in lines]
+    (tmp_path / "earlier.jsonl").write_text("".join(json.dumps(line) + "\n" for line in earlier))
+    assert len(plateau.read_runs(tmp_path / "earlier.jsonl", store.fingerprint)) == 2  # they did not say which store
     assert lines[0]["losses"] == pytest.approx(seen[0][0], abs=1e-4)
     assert re.search(r"\| 0-255 \| paper \| 2012 \| 2x \| no \| [\d.]+ \| -, - \|", capsys.readouterr().out)
     assert (tmp_path / "x.png").stat().st_size > 10_000
