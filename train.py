@@ -60,14 +60,14 @@ STUCK_STEPS = 500  # from here on a loss that is still ln(classes) is warned of
 def main(argv=None) -> int:
     args = parse(argv, processes.interrupted_run())
     device = utils.pick_device(args.device)
-    with processes.ending_together():
+    with processes.ending_together(), machine_errors():
         watch = Watch(device, *processes.join(device))
         store, fallback = open_store(args, watch)
         settle(args, store, device, watch.world)
         watch.warn(small_crops(args, store))
         same = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
         processes.agree(same | {"store": f"{store.name}, {store.fingerprint}"})
-        run = set_up(args, store, watch)
+        run = set_up(args, store, starting_net(args, store, watch), watch)
         if args.resume:
             watch.warn(load_last(run, device))
             processes.agree({"checkpoint": asdict(run.state)})
@@ -80,8 +80,7 @@ def main(argv=None) -> int:
             processes.remember_run(args.out)
             watch.warn(warning)
             watch.say(describe(run, watch))
-            with machine_errors():
-                status = fit(run, watch)
+            status = fit(run, watch)
         watch.say(conclusion(run, status))
         watch.warn(fallback)
         return processes.leave(status)
@@ -96,6 +95,8 @@ def fit(run: Training, watch: Watch) -> int:
     # Rounded up, so that no process is left without a worker.
     how = {"workers": -(-args.workers // watch.world), "skip_bad": args.skip_bad_records}
     train, val = (Loader(run.store, split, device, **how) for split in ("train", "val"))
+    if args.skip_bad_records:
+        replaced_records(run, watch, train, val)  # splits on the device have been read by now
     inputs = training_inputs(args, run.store, device)
     watch.warn(train.shared_memory_trouble(args.batch_size * args.image_size**2 * 3))
     model = run.net if watch.world == 1 else DistributedDataParallel(run.net, gradient_as_bucket_view=True)
@@ -114,7 +115,7 @@ def fit(run: Training, watch: Watch) -> int:
                 save_last(run)  # all steps of the epoch; --resume validates anew
             return 128 + stop
         if args.skip_bad_records:
-            entry |= replaced_records(args, train, val)
+            entry |= replaced_records(run, watch, train, val)
         finish_epoch(run, entry, watch)
         memory.hand_back()
     return 0
@@ -244,13 +245,17 @@ def watch_activations(net: torch.nn.Module, watch: Watch) -> dict[str, float]:
     return values
 
 
-def replaced_records(args, *loaders: Loader) -> dict:
+def replaced_records(run: Training, watch: Watch, *loaders: Loader) -> dict:
     """For the log: the damaged records that were replaced so far, in all processes. Raises UserError where there are
-    more than --skip-bad-records."""
+    more than --skip-bad-records; the epoch's steps are kept."""
     found = processes.united({f"{loader.split} {index}" for loader in loaders for index in loader.bad})
-    if len(found) > args.skip_bad_records:
-        raise UserError(f"{len(found)} damaged records in all processes, more than --skip-bad-records "
-                        f"{args.skip_bad_records}: {', '.join(found)}; copy or pack the store again")
+    allowed = run.args.skip_bad_records
+    if len(found) > allowed:
+        if watch.rank == 0:
+            save_last(run)
+        processes.wait()  # the first one to raise ends all
+        raise UserError(f"{len(found)} damaged records in all processes, more than --skip-bad-records {allowed}: "
+                        f"{', '.join(found)}; copy or pack the store again, or --resume with a higher number")
     return {"replaced_records": found} if found else {}
 
 
@@ -319,11 +324,11 @@ def stored(args, watch: Watch) -> Store:
     return store
 
 
-def set_up(args, store: Store, watch: Watch) -> Training:
+def set_up(args, store: Store, net: torch.nn.Module, watch: Watch) -> Training:
     """The net on its device, its fast parts and its optimiser, before the first step."""
     utils.no_tf32()
     torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN try its algorithms once
-    net = starting_net(args, store, watch).to(watch.device, memory_format=torch.channels_last)
+    net = net.to(watch.device, memory_format=torch.channels_last)
     if args.freeze:
         freeze(net, args.freeze)
     if args.kernels == "on":
@@ -362,13 +367,14 @@ def starting_net(args, store: Store, watch: Watch) -> torch.nn.Module:
             net.init_weights(args.recipe)
             return net
         # On --resume the file of --init may be gone; last.pt tells as well which net it was.
-        start = last_sound(args.out) if args.resume else args.init
+        start = last_sound(args.out) if args.resume else Path(args.init)
         checkpoint = load_checkpoint(start)
         utils.seed_all(args.seed)
         config = checkpoint["config"] | {"num_classes": len(store.classes)}
         net = new_net(config if args.dropout else config | {"dropout": 0})
     except (ValueError, TypeError) as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from None
+        where = f"{shown(start)}: " if args.init else ""
+        raise error if isinstance(error, UserError) else UserError(f"{where}{error}") from None
     if not args.resume:
         warning = take_weights(net, checkpoint, shown(Path(args.init)), store.classes, store.wnids)
         watch.warn(warning)
@@ -445,10 +451,13 @@ def conclusion(run: Training, status: int) -> str:
     if status:
         return "\n".join([f"stopped at step {state.step}; {resume} goes on from there", *told])
     reached = f"lowest validation top-1 error {best:.2f}%" if math.isfinite(best) else "no whole epoch yet"
-    lines = [f"done: {state.step} steps, {reached}", f"in {out}: best.pt, last.pt, log.jsonl, curves.png"]
+    there = [name for name in ("best.pt", "last.pt", "log.jsonl", "curves.png") if (run.args.out / name).exists()]
+    lines = [f"done: {state.step} steps, {reached}", f"in {out}: {', '.join(there)}"]
     if not run.schedule.finished and state.epoch < run.args.epochs:
         lines.append(f"go on:   {resume}")
-    return "\n".join([*lines, f"test it: python test.py {out}/best.pt --ten-crop", *told])
+    if "best.pt" in there:
+        lines.append(f"test it: python test.py {out}/best.pt --ten-crop")
+    return "\n".join([*lines, *told])
 
 
 if __name__ == "__main__":

@@ -108,6 +108,19 @@ def test_a_finished_run_says_so_and_exits_with_0(run_folder, capsys):
     assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
 
 
+def test_nothing_left_to_do_names_what_is_there(store, tmp_path, capsys):
+    """A signal in the last step of --max-steps leaves no best.pt."""
+    run(store, tmp_path / "run", "--max-steps", 1)
+    for name in ("best.pt", "log.jsonl", "curves.png"):
+        (tmp_path / "run" / name).unlink()
+    capsys.readouterr()
+    assert resume(tmp_path / "run", "--max-steps", 1) == 0
+    out = capsys.readouterr().out
+    assert "no whole epoch yet" in out
+    assert re.search(r"^in .*/run: last\.pt$", out, re.MULTILINE)
+    assert "best.pt" not in out
+
+
 def test_kernels_and_resume(run_folder, tmp_path, capsys):
     """Other kernels than at the start are warned of."""
     out = shutil.copytree(run_folder, tmp_path / "run")
@@ -292,6 +305,18 @@ def test_a_full_disk_at_the_start_leaves_nothing(store, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         run(store, tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_at_the_start_is_one_line_and_leaves_nothing(store, tmp_path, monkeypatch):
+    def short(*_, **__):
+        raise MemoryError
+
+    for place in ("train.starting_net", "checkpoints.run.save_checkpoint"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, short)
+            with pytest.raises(UserError, match=r"^memory ran out"):
+                run(store, tmp_path / "run")
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_changed_store_is_refused(run_folder, tmp_path):

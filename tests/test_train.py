@@ -146,7 +146,14 @@ def test_damaged_records_are_replaced_and_reported(store, tmp_path, capsys, monk
     assert resume(tmp_path / "b", "--max-steps", 100) == 0
     assert_same_state(tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match="3 damaged records in all processes, more than --skip-bad-records 2"):
-        run(copy, tmp_path / "c", "--skip-bad-records", 2, "--epochs", 1)
+        run(copy, tmp_path / "c", "--skip-bad-records", 2, "--epochs", 2)
+    assert load(tmp_path / "c" / "last.pt")["step"] == 6  # what was trained until then is kept
+    assert resume(tmp_path / "c", "--skip-bad-records", 3) == 0
+    assert_same_state(tmp_path / "a", tmp_path / "c")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"3 damaged .*or --resume with a higher number$"):
+        run(copy, tmp_path / "d", "--skip-bad-records", 2, "--epochs", 1)
+    assert load(tmp_path / "d" / "last.pt")["step"] == 0  # resident: all were read before the first step
 
 
 def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
@@ -404,3 +411,7 @@ def test_init_brings_the_nets_options_with_it(store, tmp_path, capsys):
         with pytest.raises(UserError, match=named):
             run(store, tmp_path / "third", "--init", best, option, *([value] if value else []))
     assert not (tmp_path / "third").exists()
+    file = torch.load(best)
+    torch.save(file | {"config": {**file["config"], "net": "half"}}, best)
+    with pytest.raises(UserError, match=r"first.best.pt: unknown net half$"):
+        run(store, tmp_path / "third", "--init", best)
