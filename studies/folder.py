@@ -67,8 +67,11 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        """What decides the run's sums, by train.py's names; an option that is younger than the run has its default."""
-        return {name: value for name, value in (self.standard | self.arguments).items() if name not in NO_SETTINGS}
+        """What decides the run's sums, by train.py's names, and which net it is, where another study has its own; an
+        option that is younger than the run has its default. {} where nothing is known."""
+        known = self.standard | self.arguments
+        known |= {"network": known.get("network", "AlexNet")} if known else {}
+        return {name: value for name, value in known.items() if name not in NO_SETTINGS}
 
     def started(self) -> Namespace:
         """train.py's arguments as they were at the start."""
@@ -82,12 +85,7 @@ class Run:
             raise LeftOut(f"the net, {self.arguments['network']}, is not one of train.py's")
         if not (self.path / "best.pt").exists():
             raise LeftOut("there is no best.pt, which train.py writes when an epoch is over")
-        try:
-            net, views, checkpoint = load_member(self.path / "best.pt", self.device)
-        except UserError as error:
-            if "unknown net" not in str(error):  # it is a study's own, as half is
-                raise
-            raise LeftOut(f"the net can't be loaded: {error}") from None
+        net, views, checkpoint = load_member(self.path / "best.pt", self.device)
         self.seen = watch_features(net)
         accelerate(net)
         return net, views, checkpoint

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import options
+import processes
 import train
 import utils
 from checkpoints import load_checkpoint
-from checkpoints.run import Training, load_last, run_folder
+from checkpoints.run import load_last, run_folder
 from data.augment import Augment
-from data.loader import Loader
+from data.loader import Loader, machine_errors
 from data.store import Store
 from kernels import accelerate
 from model import AlexNet
-from recipe import Schedule, make_optimizer
 from utils import UserError
 from watch import Watch
 
@@ -53,6 +53,7 @@ def build(variant: str, num_classes: int, image_size: int, recipe: str = "2012",
     return net
 
 
+@machine_errors()
 def main(variant: str, argv) -> int:
     """Train it; train.py's command line and exit status."""
     args = options.parse(argv)
@@ -61,22 +62,19 @@ def main(variant: str, argv) -> int:
               getattr(args, name) != getattr(plain, name)]
     if others or args.init:
         raise UserError(f"{options.flag(others[0] if others else 'init')}: this net has no such option")
+    if processes.number_of_processes() > 1:
+        raise UserError("this net trains in one process; start it without torchrun")
     device = utils.pick_device(args.device)
     watch = Watch(device)
     store, _ = train.open_store(args, watch)
     options.settle(args, store, device, world=1)
-    utils.no_tf32()
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    watch.warn(options.small_crops(args, store))
+    args.network = variant  # for its page
     net = build(variant, len(store.classes), args.image_size, args.recipe, args.seed)
-    net = net.to(device, memory_format=torch.channels_last)
-    kernels = accelerate(net)
-    optimizer = make_optimizer(
-        net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
-    run = Training(args, store, net, optimizer, Schedule(args.lr, args.patience, args.drops), kernels)
+    run = train.set_up(args, store, net, watch)
     if args.resume:
-        load_last(run, device)
-    print(f"{variant}: {sum(p.numel() for p in net.parameters()):,} parameters; {kernels}", flush=True)
+        watch.warn(load_last(run, device))
+    print(f"{variant}: {sum(p.numel() for p in net.parameters()):,} parameters; {run.kernels}", flush=True)
     with run_folder(run, device, 0, 1) as warning, watch:
         watch.warn(warning)
         return train.fit(run, watch)

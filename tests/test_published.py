@@ -15,6 +15,7 @@ from data import pack
 from data.store import Store
 from model import AlexNet
 from studies import published, report, variants
+from studies.folder import Run
 from utils import Diverged, UserError
 
 CPU = ["--device", "cpu"]
@@ -176,7 +177,23 @@ def test_half_of_the_kernels_is_a_row_like_others(small, store, monkeypatch):
     assert report.main([str(run), "--device", "cpu"]) == 0  # of its log
     said = (run / "report.html").read_text()
     assert said.count("<img") == 3
-    assert "unknown net half" in said
+    assert "the net, half, is not one of" in said
+
+
+def test_a_net_of_its_own_takes_train_pys_options_or_refuses_them(store, tmp_path, monkeypatch, capsys):
+    """--kernels off is heeded; a last.pt that is damaged is told of; its page can tell it from AlexNet."""
+    out, options = tmp_path / "run", ["--data", str(store.path), "--batch-size", "48", "--kernels", "off"]
+    assert variants.main("half", [*options, "--out", str(out), "--max-steps", "1"]) == 0
+    assert "LRN of model.py, dense layers of torch" in capsys.readouterr().out
+    assert variants.main("half", ["--out", str(out), "--resume", "--max-steps", "2"]) == 0
+    (out / "last.pt").write_bytes(b"torn")
+    assert variants.main("half", ["--out", str(out), "--resume", "--max-steps", "3"]) == 0
+    assert "last.pt is damaged or missing" in capsys.readouterr().err
+    assert Run(out).settings["network"] == "half"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="this net trains in one process"):
+        variants.main("half", options)
 
 
 def test_a_net_without_masks_starts_as_its_pair_does():
