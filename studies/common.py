@@ -1,6 +1,7 @@
 """What the studies share: files of results, means with their spread, train.py's first batches, figures."""
 
 import fcntl
+import math
 import os
 import statistics
 from contextlib import contextmanager
@@ -86,6 +87,12 @@ def batches(args, store, loader: Loader, device):
             step += 1
             utils.seed_all(args.seed, step, 0)
             yield inputs.train(crops, tables.colour[samples]), labels
+
+
+def pixel_std(store) -> float:
+    """The standard deviation of the training pixels about their channel's mean, over all channels: the PCA's
+    eigenvalues sum up to the channels' variances."""
+    return math.sqrt(sum(store.manifest["pca"]["eigenvalues"]) / 3)
 
 
 def new_figure(width: float, height: float):

@@ -3,6 +3,7 @@ and with tanh? The paper: ReLU is six times as fast.
 
     python -m studies.figure1
     python -m studies.figure1 --activations relu --seeds 1 --epochs 20
+    python -m studies.figure1 --init pytorch --pixels divided --seeds 1
 
 The paper does not say which four-layer net; this is studies.fourlayer's without normalisation, its 13% net, on whole 32
 x 32 pictures: no crops, no mirroring, no weight decay, one learning rate throughout ("no regularization of any kind",
@@ -13,6 +14,9 @@ training error is the mean over the batches of a fifth of an epoch, 10,000 pictu
 and counts for that fifth's middle; the moment at which it passes 25% for the first time is interpolated. Means over
 whole epochs, each counting for its end, are half an epoch late, which takes more off the ratio the sooner ReLU is
 there; the ratio by them is printed as well. So a run that has passed 25% goes on until an epoch's mean has, too.
+
+What the ratio hangs on is asked with --init and --pixels, another initialisation and smaller inputs: each pair of them
+is a race of its own, with learning rates of its own.
 
 A finished run is a line in --out and is not run again; one that was stopped, in any way, goes on where its last epoch
 began. Two processes, one for each activation, can share --out. The curves are drawn next to it, with .png.
@@ -29,7 +33,7 @@ import memory
 import utils
 from checkpoints.run import append_line, environment, locked, read_log
 from kernels import accelerate
-from studies.common import interval, new_figure, results_file, save_figure
+from studies.common import interval, new_figure, pixel_std, results_file, save_figure
 from studies.fourlayer import STORED, Pictures, build, load, make_optimizer, save, train_epoch
 from studies.loop import small_store
 from utils import Diverged, Parser, UserError, pick_device, run_script, shown, whole
@@ -41,30 +45,37 @@ FACTOR = 2
 TARGET = 25.0  # percent training error
 GUESSING = 90.0  # percent error before the first epoch
 PARTS = 5  # of an epoch, each with an error of its own
-KEY = ("activation", "lr", "seed", "epochs", "precision")
+KEY = ("activation", "lr", "seed", "epochs", "precision", "init", "pixels")
+EARLIER = {"init": "file", "pixels": "0-255"}  # what lines did not say once
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     args.out, device = results_file(args.out), pick_device(args.device)
-    if not all({*KEY, "part_errors"} <= set(entry) for entry in read_log(args.out)):
+    if not all({*KEY, "part_errors"} <= set(EARLIER | entry) for entry in read_log(args.out)):
         raise UserError(f"{args.out} holds lines of another kind; name another --out")
     utils.no_tf32()
-    pictures = Pictures(small_store("cifar10"), STORED, device)
+    store = small_store("cifar10")
+    pictures = Pictures(store, STORED, device, 1 / pixel_std(store) if args.pixels == "divided" else 1.0)
     with Watch(device) as watch:
         for act, lr, seed in cells(args):
             run(args, pictures, act, lr, seed, watch)
             if watch.received:
                 return 128 + watch.received
     print(report(args))
-    draw(args, args.out.with_suffix(".png"))
+    draw(args, args.out.with_name(f"{args.out.stem}{variant(args)}.png"))
     return 0
 
 
 def lines(args, **wanted) -> list[dict]:
-    """The lines of --out with these values, of this precision and limit."""
-    wanted |= {"epochs": args.epochs, "precision": args.precision}
-    return [e for e in read_log(args.out) if all(e[k] == v for k, v in wanted.items())]
+    """The lines of --out with these values, of this initialisation, pixels, precision and limit."""
+    wanted |= {k: getattr(args, k) for k in KEY[3:]}
+    return [e for e in read_log(args.out) if all((EARLIER | e)[k] == v for k, v in wanted.items())]
+
+
+def variant(args) -> str:
+    """What folders and drawings have in their names where it is not the files' initialisation and pixels."""
+    return "".join(f"-{getattr(args, k)}" for k, usual in EARLIER.items() if getattr(args, k) != usual)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -99,7 +110,8 @@ def run(args, pictures: Pictures, act: str, lr: float, seed: int, watch: Watch) 
     """Train to the target, to the limit, or to where another learning rate had been faster; note that, unless it has
     been noted already or a signal came. Raises UserError where another process is at it."""
     cell = {"activation": act, "lr": lr, "seed": seed}
-    folder = checkpoints.FOLDER / "figure1" / f"{act}-{lr:g}-{seed}-{args.epochs}-{args.precision}"
+    name = f"{act}-{lr:g}-{seed}-{args.epochs}-{args.precision}{variant(args)}"
+    folder = checkpoints.FOLDER / "figure1" / name
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if lines(args, **cell):
@@ -108,7 +120,7 @@ def run(args, pictures: Pictures, act: str, lr: float, seed: int, watch: Watch) 
         found = errors_of(args, folder, pictures, cell, min([args.epochs, *before]), watch)
         if found:
             reached = crossing(curve(found["part_errors"]))
-            about = {"epochs": args.epochs, "precision": args.precision, "reached": reached}
+            about = {k: getattr(args, k) for k in KEY[3:]} | {"reached": reached}
             append_line(args.out, cell | about | found | environment(pictures.train.device))
             (folder / "last.pt").unlink(missing_ok=True)
 
@@ -116,7 +128,7 @@ def run(args, pictures: Pictures, act: str, lr: float, seed: int, watch: Watch) 
 def errors_of(args, folder: Path, pictures: Pictures, cell: dict, limit: float, watch: Watch) -> dict | None:
     """Training errors in percent of the fifths of a net's epochs up to the target or `limit`, their seconds, and
     "diverged" where it did; None where a signal came."""
-    net, optimizer = start(pictures, **cell)
+    net, optimizer = start(pictures, args.init, **cell)
     last = load(folder / "last.pt", net, optimizer, pictures)
     errors, seconds, epoch = last.get("part_errors", []), last.get("seconds", 0.0), last["epoch"]
     if len(errors) != PARTS * epoch:
@@ -141,10 +153,10 @@ def errors_of(args, folder: Path, pictures: Pictures, cell: dict, limit: float, 
     return {"part_errors": errors, "seconds": seconds}
 
 
-def start(pictures: Pictures, activation: str, lr: float, seed: int):
+def start(pictures: Pictures, init: str, activation: str, lr: float, seed: int):
     """A new net and its optimiser, without weight decay."""
     utils.seed_all(seed)
-    net = build(lrn=False, filters=32, act=activation, side=STORED, classes=pictures.classes)
+    net = build(lrn=False, filters=32, act=activation, side=STORED, classes=pictures.classes, init=init)
     net = net.to(pictures.train.device, memory_format=torch.channels_last)
     accelerate(net)
     return net, make_optimizer(net, decay=0.0, lr=lr)
@@ -217,7 +229,8 @@ def draw(args, path: Path) -> None:
             axes.plot(*zip(*curve(e["part_errors"]), strict=True), style, color="black", lw=1.2, label=label)
     axes.axhline(TARGET, color="0.5", ls=":", lw=1)
     axes.set(xlabel="epochs", ylabel="training error (%)", ylim=(0, 90), xlim=(0, None))
-    axes.set_title("Four-layer net on CIFAR-10, each at its fastest learning rate", fontsize=10)
+    other = f"\ninitialisation: {args.init}, pixels: {args.pixels}" if variant(args) else ""
+    axes.set_title(f"Four-layer net on CIFAR-10, each at its fastest learning rate{other}", fontsize=10)
     axes.grid(alpha=0.3)
     if len(axes.lines) > 1:
         axes.legend(title="learning rate", frameon=False)
@@ -228,6 +241,10 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m studies.figure1", description="ReLU against tanh, the paper's figure 1.")
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS, metavar="NAME",
                         help=f"{' or '.join(ACTIVATIONS)} (default: both)")
+    parser.add_argument("--init", choices=("file", "pytorch"), default="file",
+                        help="cuda-convnet's file, or torch.nn's own (default: %(default)s)")
+    parser.add_argument("--pixels", choices=("0-255", "divided"), default="0-255",
+                        help="the mean subtracted; divided by their standard deviation as well (default: %(default)s)")
     parser.add_argument("--seeds", type=whole(1), default=3, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--epochs", type=whole(1), default=60, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")

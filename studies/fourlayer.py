@@ -49,6 +49,12 @@ class LocallyConnected(nn.Module):
         self.weight = nn.Parameter(torch.empty(side * side, 9 * channels, filters))
         self.bias = nn.Parameter(torch.zeros(side * side, filters))
 
+    def reset_parameters(self) -> None:
+        """As torch.nn.Conv2d does: all uniform, up to 1 / sqrt(fan_in)."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         padded = F.pad(x, (1, 1, 1, 1)).permute(2, 3, 0, 1)  # (side + 2, side + 2, n, channels)
@@ -61,9 +67,12 @@ class LocallyConnected(nn.Module):
         return f"{self.weight.shape[1] // 9}, {self.weight.shape[2]}, places={self.weight.shape[0]}"
 
 
-def build(lrn: bool, filters: int, act: str = "relu", side: int = CROP, classes: int = 10) -> nn.Sequential:
-    """The net, freshly initialised from torch's generator, for (n, 3, side, side), 0..255 minus the mean. With the
-    default side of 24: 1,116,490 parameters with 32 filters in local3, 2,112,970 with 64."""
+def build(
+    lrn: bool, filters: int, act: str = "relu", side: int = CROP, classes: int = 10, init: str = "file"
+) -> nn.Sequential:
+    """The net, freshly initialised from torch's generator, for (n, 3, side, side), 0..255 minus the mean. init: the
+    files' standard deviations, or "pytorch": as torch.nn initialises layers of itself. With the default side of 24:
+    1,116,490 parameters with 32 filters in local3, 2,112,970 with 64."""
     half = math.ceil((side - 1) / 2)  # pools round up
     quarter = math.ceil((half - 1) / 2)
     # The files have each activation before its pool. Activations never fall, so after the pool they give the same
@@ -82,9 +91,11 @@ def build(lrn: bool, filters: int, act: str = "relu", side: int = CROP, classes:
     net = nn.Sequential()
     for name, layer in layers.items():
         net.add_module(name, layer)
-        if name in STD:
+        if name in STD and init == "file":
             nn.init.normal_(layer.weight, 0.0, STD[name])
             nn.init.zeros_(layer.bias)
+        elif name in STD:
+            layer.reset_parameters()
     return net
 
 
@@ -125,9 +136,11 @@ def lower_rate(optimizer, lr: float) -> None:
 class Pictures:
     """CIFAR-10 as it is, 32 x 32, in the order of training, five equal parts of the training pictures one after the
     other. side: that of the crops, out of which mirrored ones are half; 32 are whole pictures, none of them mirrored.
+    scale: what pixels are multiplied by in training, when the mean has been subtracted.
     """
 
-    def __init__(self, store: Store, side: int, device: torch.device):
+    def __init__(self, store: Store, side: int, device: torch.device, scale: float = 1.0):
+        self.scale = scale
         self.side, self.classes, self.fingerprint = side, len(store.classes), store.fingerprint
         self.train, rest, self.test = (Loader(store, s, device, resident=True) for s in ("train", "val", "test"))
         self.train.images = torch.cat([self.train.images, rest.images])
@@ -147,7 +160,7 @@ class Pictures:
         margin = STORED - self.side
         tables = epoch_tables(seed, epoch, len(self.train.labels), margin, mirrored=margin > 0)
         for crops, labels in self.train.batches(plan, tables, self.side):
-            yield self.augment.center(crops), labels
+            yield self.scale * self.augment.center(crops), labels
 
     def held_out(self):
         """The last part, whole."""

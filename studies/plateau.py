@@ -31,7 +31,7 @@ from data.store import Store
 from kernels import accelerate
 from recipe import make_optimizer
 from studies import look
-from studies.common import batches, new_figure, plain, results_file, save_figure
+from studies.common import batches, new_figure, pixel_std, plain, results_file, save_figure
 from studies.variants import Halved
 from train import starting_net, train_step
 from utils import Parser, Progress, UserError, number, pick_device, run_script, whole
@@ -167,12 +167,6 @@ def optimizer_of(net: nn.Module, args, cell: dict):
     biases["lr"] = args.lr * cell["bias_rate"]
     biases["weight_decay"] = args.weight_decay if cell["bias_decay"] == "yes" else 0.0
     return optimizer
-
-
-def pixel_std(store) -> float:
-    """The standard deviation of the training pixels about their channel's mean, over all channels: the PCA's
-    eigenvalues sum up to the channels' variances."""
-    return math.sqrt(sum(store.manifest["pca"]["eigenvalues"]) / 3)
 
 
 def summary(losses: list[float], classes: int) -> dict:

@@ -16,6 +16,7 @@ import checkpoints
 from checkpoints.run import locked, read_log
 from model import LocalResponseNorm
 from studies import cifar2012, figure1, fourlayer
+from studies.common import pixel_std
 from studies.fourlayer import Pictures, build, lower_rate, make_optimizer
 from utils import Diverged, UserError
 
@@ -431,6 +432,31 @@ def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study
     assert not any(group["weight_decay"] for group in optimizer.param_groups)
     assert pictures.side == 32
     assert not list((study / "figure1").rglob("last.pt"))
+
+
+def test_figure_1_with_another_initialisation_and_divided_pixels_is_a_race_of_its_own(study, small_pictures, capsys):
+    """Lines and drawings apart, also from lines that say neither; layers start as torch's own; inputs have a standard
+    deviation of 1."""
+    arguments = ["--activations", "tanh", "--seeds", "1", "--epochs", "1", "--out", str(study / "x.jsonl")]
+    assert figure1.main(arguments) == 0
+    first = read_log(study / "x.jsonl")
+    earlier = [{k: v for k, v in line.items() if k not in ("init", "pixels")} for line in first]
+    (study / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in earlier))
+    assert figure1.main(arguments) == 0
+    assert read_log(study / "x.jsonl") == earlier
+    assert figure1.main([*arguments, "--init", "pytorch", "--pixels", "divided"]) == 0
+    others = read_log(study / "x.jsonl")[len(earlier):]
+    assert [(e["init"], e["pixels"]) for e in others] == [("pytorch", "divided")] * len(figure1.LRS)
+    assert (study / "x-pytorch-divided.png").exists()
+    assert "not by 1" in capsys.readouterr().out
+    net = build(lrn=False, filters=32, init="pytorch")
+    for layer, inputs in ((net.conv1, 75), (net.conv2, 1600), (net.local3, 576), (net.local4, 288), (net.fc10, 1152)):
+        assert layer.weight.abs().max().item() == pytest.approx(inputs**-0.5, rel=0.01)
+        assert layer.weight.std().item() == pytest.approx((3 * inputs) ** -0.5, rel=0.03)
+        assert layer.bias.abs().max() > 0
+    pictures = Pictures(small_pictures, 32, CPU, 1 / pixel_std(small_pictures))
+    inputs = torch.cat([crops for crops, _ in pictures.batches(pictures.plan(5), 0, 0)])
+    assert inputs.std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_seeds_that_never_got_there_are_shown(study):
