@@ -185,16 +185,19 @@ def crossing(points: list[tuple[float, float]]) -> float | None:
 
 
 def report(args) -> str:
-    """Each activation's learning rates and epochs to the target by seed, and the ratio over seeds that have both."""
-    said, runs = [], {}
+    """Markdown: each activation's epochs to the target by learning rate, by seed at its fastest; the ratio over seeds
+    with which both got there."""
+    rates, runs = sorted({e["lr"] for e in lines(args)}), {}
+    said = [f"| epochs to {TARGET:g}% at a learning rate of | {' | '.join(f'{lr:g}' for lr in rates)} |",
+            f"|---|{'---|' * len(rates)}"]
     for act in ACTIVATIONS:
-        tried = sorted(lines(args, activation=act, seed=0), key=lambda e: e["lr"])
-        rates = ", ".join(f"{e['lr']:g}: {outcome(e)}" for e in tried) or "not measured yet"
-        said.append(f"{act}, epochs to {TARGET:g}% training error by learning rate, first seed: {rates}")
-        best = fastest(args, act)
-        runs[act] = sorted(lines(args, activation=act, lr=best), key=lambda e: e["seed"]) if best else []
-        if runs[act]:
-            said.append(f"{act} at {best:g}, by seed: {', '.join(map(outcome, runs[act]))}")
+        best, cells = fastest(args, act), []
+        runs[act] = lines(args, activation=act, lr=best) if best else []
+        for lr in rates:
+            found = sorted(lines(args, activation=act, lr=lr), key=lambda e: e["seed"])
+            cells.append(("**{}**" if lr == best else "{}").format(", ".join(map(outcome, found))))
+        said.append(f"| {act} | {' | '.join(cells) if any(cells) else 'not measured yet'} |")
+    said.append("")
     for how, points in (("", curve), ("by whole epochs, each counting for its end: ", by_epoch)):
         relu, tanh = ({e["seed"]: crossing(points(e["part_errors"])) for e in runs[act]} for act in ACTIVATIONS)
         ratios = [tanh[seed] / relu[seed] for seed in sorted(set(relu) & set(tanh)) if tanh[seed] and relu[seed]]

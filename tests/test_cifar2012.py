@@ -392,7 +392,8 @@ def test_figure_1_tries_rates_until_the_fastest_is_inside(study, monkeypatch, ca
         ("tanh", 0.001, 0, 60),
     ]
     printed = capsys.readouterr().out
-    assert "0.004: 9.92, 0.008: 3.97, 0.016: not by 4" in printed
+    assert "| 0.00025 | 0.0005 | 0.001 | 0.002 | 0.004 | 0.008 | 0.016 |\n|---|---|---|" in printed
+    assert "\n| relu | not by 10 | not by 20 | 39.69 | 19.85 | 9.92 | **3.97, 3.97** | not by 4 |\n" in printed
     assert "\nReLU is 6.00 times as fast over 2 seeds with which both got there (paper: six times)" in printed
     assert "\nby whole epochs, each counting for its end: ReLU is 5.44 times as fast over 2 seeds" in printed
     assert out.with_suffix(".png").stat().st_size > 5_000
@@ -409,7 +410,8 @@ def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study
     lines = read_log(study / "x.jsonl")
     assert any(line["reached"] for line in lines)
     printed = capsys.readouterr().out
-    assert "tanh, epochs to 80% training error by learning rate, first seed: not measured yet" in printed
+    assert "| epochs to 80% at a learning rate of | 0.0" in printed
+    assert "| tanh | not measured yet |" in printed
     real, calls = figure1.train_epoch, []
 
     def stop(*args):
@@ -469,7 +471,7 @@ def test_seeds_that_never_got_there_are_shown(study):
     args = figure1.make_parser().parse_args(["--epochs", "9", "--out", str(study / "x.jsonl")])
     args.out = study / "x.jsonl"
     printed = figure1.report(args)
-    assert "tanh at 0.001, by seed: 8.00, not by 9, 9.00" in printed
+    assert "| tanh | **8.00, not by 9, 9.00** |" in printed
     assert "ReLU is 3.80 times as fast over 2 seeds with which both got there" in printed
 
 
