@@ -3,13 +3,13 @@ and with tanh? The paper: ReLU is six times as fast.
 
     python -m studies.figure1
     python -m studies.figure1 --activations relu --seeds 1 --epochs 20
-    python -m studies.figure1 --init pytorch --pixels divided --seeds 1
+    python -m studies.figure1 --init pytorch --pixels divided --lrs 0.01 0.02 0.005 0.04 0.0025 0.08 --seeds 1
 
 The paper does not say which four-layer net; this is studies.fourlayer's without normalisation, its 13% net, on whole 32
 x 32 pictures: no crops, no mirroring, no weight decay, one learning rate throughout ("no regularization of any kind",
 "learning rates for each network were chosen independently to make training as fast as possible"). Each activation gets
-six learning rates, a factor of two apart, and more where the fastest is at an end; the first seed tries all of them,
-the others take the fastest. A learning rate is given up after --epochs, or once another one has been faster. The
+six learning rates (--lrs), a factor of two apart, and more where the fastest is at an end; the first seed tries them
+all, the others take the fastest. A learning rate is given up after --epochs, or once another one has been faster. The
 training error is the mean over the batches of a fifth of an epoch, 10,000 pictures, as cuda-convnet kept and drew it,
 and counts for that fifth's middle; the moment at which it passes 25% for the first time is interpolated. Means over
 whole epochs, each counting for its end, are half an epoch late, which takes more off the ratio the sooner ReLU is
@@ -36,11 +36,11 @@ from kernels import accelerate
 from studies.common import interval, new_figure, pixel_std, results_file, save_figure
 from studies.fourlayer import STORED, Pictures, build, load, make_optimizer, save, train_epoch
 from studies.loop import small_store
-from utils import Diverged, Parser, UserError, pick_device, run_script, shown, whole
+from utils import Diverged, Parser, UserError, number, pick_device, run_script, shown, whole
 from watch import Watch
 
 ACTIVATIONS = ("relu", "tanh")
-LRS = (0.001, 0.002, 0.0005, 0.004, 0.00025, 0.008)  # the likeliest first: the others are given up once they are slower
+LRS = (0.001, 0.002, 0.0005, 0.004, 0.00025, 0.008)
 FACTOR = 2
 TARGET = 25.0  # percent training error
 GUESSING = 90.0  # percent error before the first epoch
@@ -91,7 +91,7 @@ def cells(args):
 
 def to_try(args, act: str):
     """Learning rates for the first seed, until the fastest of them has neighbours on both sides."""
-    yield from LRS
+    yield from args.lrs
     while best := fastest(args, act):
         tried = {e["lr"] for e in lines(args, activation=act, seed=0)}
         ahead = [lr for lr in (best / FACTOR, best * FACTOR) if lr not in tried]
@@ -244,6 +244,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m studies.figure1", description="ReLU against tanh, the paper's figure 1.")
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS, metavar="NAME",
                         help=f"{' or '.join(ACTIVATIONS)} (default: both)")
+    parser.add_argument("--lrs", type=number(0), nargs="+", default=LRS, metavar="RATE",
+                        help="learning rates to try at least, the likeliest first: the others are given up once they "
+                        "are slower (default: six around cuda-convnet's 0.001)")
     parser.add_argument("--init", choices=("file", "pytorch"), default="file",
                         help="cuda-convnet's file, or torch.nn's own (default: %(default)s)")
     parser.add_argument("--pixels", choices=("0-255", "divided"), default="0-255",

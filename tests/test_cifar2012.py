@@ -403,9 +403,9 @@ def test_figure_1_tries_rates_until_the_fastest_is_inside(study, monkeypatch, ca
 
 def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study, monkeypatch, capsys):
     """Errors of a run that was stopped are those of one that was not; nothing is cropped, mirrored or decayed."""
-    monkeypatch.setattr(figure1, "LRS", (0.001, 0.002))
     monkeypatch.setattr(figure1, "TARGET", 80.0)  # reached by one of them at least, so that others are tried, too
-    arguments = ["--activations", "relu", "--seeds", "1", "--epochs", "3", "--out", str(study / "x.jsonl")]
+    arguments = ["--activations", "relu", "--seeds", "1", "--epochs", "3", "--lrs", "0.001", "0.002", "--out",
+                 str(study / "x.jsonl")]
     assert figure1.main(arguments) == 0
     lines = read_log(study / "x.jsonl")
     assert any(line["reached"] for line in lines)
