@@ -209,8 +209,9 @@ def ratio_said(ratios: list[float]) -> str:
     if not ratios:
         return "no ratio: it takes a seed with which both got there"
     width = f" ± {interval(ratios)[1]:.2f} (95% interval)" if len(ratios) > 2 else ""
-    return (f"ReLU is {statistics.mean(ratios):.2f}{width} times as fast over {len(ratios)} seeds with which both got "
-            "there (paper: six times)")
+    seeds = f"{len(ratios)} seed{'s' * (len(ratios) > 1)}"
+    return (f"ReLU is {statistics.mean(ratios):.2f}{width} times as fast over {seeds} with which both got there "
+            "(paper: six times)")
 
 
 def outcome(entry: dict) -> str:

@@ -3,6 +3,7 @@ cuda-convnet's formula, pictures against PIL, and runs that stop and go on."""
 
 import json
 import math
+import re
 import signal
 
 import numpy as np
@@ -459,6 +460,19 @@ def test_figure_1_with_another_initialisation_and_divided_pixels_is_a_race_of_it
     pictures = Pictures(small_pictures, 32, CPU, 1 / pixel_std(small_pictures))
     inputs = torch.cat([crops for crops, _ in pictures.batches(pictures.plan(5), 0, 0)])
     assert inputs.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_the_guides_have_figure_1s_tables_and_ratios():
+    """results/README.md has the tables as they are; it and REPRODUCTION.md have the ratios."""
+    out, shown = ROOT / "results" / "figure1.jsonl", (ROOT / "results" / "README.md").read_text()
+    for more in ([], ["--init", "pytorch", "--pixels", "divided"]):
+        args = figure1.make_parser().parse_args(["--precision", "bf16", *more])
+        args.out = out
+        table, ratios = figure1.report(args).split("\n\n")
+        assert table in shown
+        ratio = re.match(r"ReLU is ([\d.]+(?: ± [\d.]+)?) ", ratios)[1]
+        assert re.search(rf"\*\*{re.escape(ratio)}\s+times\s+as\s+fast\*\*", shown)
+        assert re.search(rf"{re.escape(ratio)} (times|from torch.nn)", (ROOT / "REPRODUCTION.md").read_text())
 
 
 def test_seeds_that_never_got_there_are_shown(study):
