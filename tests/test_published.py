@@ -185,9 +185,8 @@ def test_a_net_of_its_own_takes_train_pys_options_or_refuses_them(store, tmp_pat
     out, options = tmp_path / "run", ["--data", str(store.path), "--batch-size", "48", "--kernels", "off"]
     assert variants.main("half", [*options, "--out", str(out), "--max-steps", "1"]) == 0
     assert "LRN of model.py, dense layers of torch" in capsys.readouterr().out
-    assert variants.main("half", ["--out", str(out), "--resume", "--max-steps", "2"]) == 0
     (out / "last.pt").write_bytes(b"torn")
-    assert variants.main("half", ["--out", str(out), "--resume", "--max-steps", "3"]) == 0
+    assert variants.main("half", ["--out", str(out), "--resume", "--max-steps", "2"]) == 0
     assert "last.pt is damaged or missing" in capsys.readouterr().err
     assert Run(out).settings["network"] == "half"
     monkeypatch.setenv("RANK", "0")
