@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ torch.set_num_threads(1)  # each of pytest-xdist's processes has a core, and so 
 memory.keep()
 # Tests write many checkpoints of 90 to 750 MB: in memory, if there is room, which takes two thirds of the time.
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 10e9:
-    os.environ.setdefault("TMPDIR", str(MEMORY))
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # TMPDIR is too late here: pytest has looked
+if os.name == "posix":  # under nohup, scripts that tests start would not hear SIGHUP either
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="module")
