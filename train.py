@@ -274,7 +274,7 @@ def finish_epoch(run: Training, entry: dict, watch: Watch) -> None:
         append_line(args.out / "log.jsonl", entry)
         if whole:
             keep_kernels(run)
-        if better or not (args.out / "best.pt").exists():
+        if better or not (math.isfinite(schedule.best) and (args.out / "best.pt").exists()):
             save_best(run)
         save_last(run)
         plot_curves(read_log(args.out / "log.jsonl"), args.out / "curves.png")

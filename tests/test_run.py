@@ -86,8 +86,8 @@ def test_what_a_run_leaves_behind(store, run_folder):
 
 
 def test_max_steps_touches_neither_schedule_nor_best(store, tmp_path):
-    """A stop in mid-epoch validates, logs a line and writes best.pt, because there is none; a later one that is
-    better leaves best.pt alone."""
+    """A stop in mid-epoch validates, logs a line and writes best.pt while no epoch is whole; a later one that is better
+    leaves best.pt alone."""
     out = tmp_path / "run"
     run(store, out, "--max-steps", 3)
     last = load(out / "last.pt")
@@ -95,6 +95,8 @@ def test_max_steps_touches_neither_schedule_nor_best(store, tmp_path):
     assert (last["schedule"]["best"], last["schedule"]["waited"]) == (math.inf, 0)
     assert load(out / "best.pt")["step"] == 3
     assert [e["step"] for e in runs.read_log(out / "log.jsonl")] == [3]
+    resume(out, "--max-steps", 5)
+    assert load(out / "best.pt")["step"] == 5
     resume(out, "--max-steps", 7)
     assert [e["step"] for e in runs.read_log(out / "log.jsonl")] == [6, 7]
     assert load(out / "best.pt")["step"] == 6
