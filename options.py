@@ -11,7 +11,7 @@ import torch
 
 import checkpoints
 from checkpoints import LAYERS
-from checkpoints.run import LAST, PREVIOUS, RUN_FILES, read_config, refuse_taken
+from checkpoints.run import LAST, PREVIOUS, ROOT, RUN_FILES, read_config, refuse_taken
 from data import sources
 from data.augment import COLOURS
 from data.loader import default_workers
@@ -74,11 +74,18 @@ def resumed(args: Namespace, given: dict) -> Namespace:
     if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
         start = "choose another --out" if any((folder / name).exists() for name in RUN_FILES) else "start"
         raise UserError(f"nothing to resume: no {folder / LAST}; {start} without --resume")
-    stored = read_config(folder)["arguments"]
+    config = read_config(folder)
+    stored = config["arguments"]
     refuse_changed(stored, folder)
     if stored.get("drops"):
         stored["patience"] = None  # it has none
     packed_from = stored.get("packed_from", {})
+    if stored.get("data") and not Path(stored["data"]).exists():
+        home = ROOT / str(config.get("store"))
+        if is_store(home):  # the whole repository was moved, or copied
+            stored["data"] = str(home)
+        elif Path(packed_from.get("data", "")).is_dir():  # packed anew: settle() looks whether it is the same
+            stored |= packed_from
     if "data" in given and given["data"] not in (stored.get("data"), packed_from.get("data")):
         if not is_store(Path(given["data"])):
             started = before("data", packed_from.get("data", stored["data"]))

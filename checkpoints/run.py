@@ -161,7 +161,7 @@ def reopen(run: Training, world: int) -> str:
     }
     write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept.values()))
     config = read_config(out)
-    write_config(run, config)
+    write_config(run, config | {"store": portable(run.store.path)})  # it may have been moved
     missing = [str(epoch) for epoch in range(1, run.state.epoch + 1) if epoch not in kept]
     if missing:
         warnings.append(f"{out / 'log.jsonl'} is damaged: it has no whole line of epoch {', '.join(missing)}")

@@ -134,6 +134,27 @@ def test_a_run_goes_on_when_its_folder_is_gone(stores, tmp_path):
     assert load(tmp_path / "run" / "last.pt")["step"] == 3
 
 
+def test_a_run_whose_store_is_gone_packs_its_folder_anew(stores, tmp_path, capsys):
+    """As long as the pictures are the same. Where the repository was moved, the store is where config.json says."""
+    for number, label in enumerate(("cat", "dog")):
+        fill(tmp_path / "photos" / label, 12, first=100 * number)
+    train.main(["--data", str(tmp_path / "photos"), "--val", "0.2", "--out", str(tmp_path / "run"), *SMALL])
+    shutil.rmtree(stores)
+    assert resume(tmp_path / "run", "--max-steps", "2") == 0
+    assert "packed " in capsys.readouterr().out
+    (store,) = stores.glob("*/")
+    moved = store.rename(tmp_path / "moved")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["store"] = str(moved)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "checksum"}))
+    assert resume(tmp_path / "run", "--max-steps", "3") == 0
+    assert not list(stores.glob("*/"))
+    shutil.rmtree(moved)
+    fill(tmp_path / "photos" / "cat", 1, first=500)
+    with pytest.raises(UserError, match="another store"):
+        resume(tmp_path / "run", "--max-steps", "4")
+
+
 def test_sizes_and_folders_that_no_store_holds(stores, store, tmp_path):
     fill(tmp_path / "photos" / "cat", 3)
     fill(tmp_path / "photos" / "dog", 3, first=10)

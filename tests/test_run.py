@@ -333,7 +333,8 @@ def test_a_store_that_was_moved_is_named_with_resume(store, run_folder, tmp_path
     out, moved = shutil.copytree(run_folder, tmp_path / "run"), shutil.copytree(store.path, tmp_path / "moved")
     resume(out, "--data", moved, "--epochs", 2, "--max-steps", 7)
     resume(out, "--max-steps", 8)
-    assert json.loads((out / "config.json").read_text())["arguments"]["data"] == str(moved)
+    config = json.loads((out / "config.json").read_text())
+    assert config["arguments"]["data"] == config["store"] == str(moved)
 
 
 def test_last_pt_is_written_in_mid_epoch_too(store, tmp_path, monkeypatch):
