@@ -12,8 +12,10 @@ its name; code in it is never run. --help lists the options.
 
 import math
 import pickle
+import shlex
 import warnings
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,9 @@ def check_paths(file: str, out: Path) -> None:
         raise UserError(f"{file}: no such file (the word torchvision fetches torchvision's weights)")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file to write")
+    if out.suffix.lower() in (".safetensors", ".onnx"):
+        raise UserError(f"{out}: what is written here is a .pt, and is to be called so; python -m checkpoints.export "
+                        f"makes a {out.suffix} of it")
     if out.exists() and file != "torchvision" and out.samefile(file):
         raise UserError(f"{out} is the file to convert; name another one to write")
 
@@ -100,7 +105,7 @@ def report(converted: dict, out: Path) -> str:
         kind = "torchvision's alexnet, not the paper's net: other widths, no LRN, inverted dropout; kept as it is"
     else:
         kind = f"Caffe's AlexNet: two columns, LRN across them with k = {config['lrn_k']:g}, 227 x 227 pixels"
-    test = f"python test.py {shown(out)} --data STORE"
+    test = f"python test.py {shlex.quote(shown(out))} --data STORE"
     return f"{kind}; {config['num_classes']} classes\nin {shown(out)}\ntest it: {test}"
 
 
@@ -115,12 +120,16 @@ def fetch() -> dict:
         return AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: the wrong checksum
         raise UserError(f"torchvision could not fetch its weights ({error}); name a file of them instead") from None
+    except (EOFError, pickle.UnpicklingError):  # the checksum is that of the download alone
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name
+        raise UserError(f"{cached}, where torchvision keeps its weights, is damaged; remove it") from None
 
 
 def read_state(path: Path) -> dict:
     """A state_dict, or the one within a checkpoint of torchvision's training script. Runs no code from the file."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
+        # torch warns of pickles that it then refuses; torchvision's training script keeps its arguments as a Namespace
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]):
             if zipfile.is_zipfile(path):
                 check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)

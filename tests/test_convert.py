@@ -1,6 +1,7 @@
 """checkpoints/convert.py on files that the tests write by hand: Caffe's by its published field numbers, torchvision's
 with random weights. Damaged and foreign files end in one line."""
 
+import argparse
 import json
 import os
 import pickle
@@ -380,7 +381,9 @@ def test_other_ways_to_save_torchvisions_weights(torchvision_file, from_torchvis
     """Within a training script's checkpoint, with DataParallel's prefix, in half precision."""
     state = torch.load(torchvision_file, weights_only=True)
     before = load(from_torchvision)["model"]
-    for content in ({"model": state, "epoch": 3}, {"state_dict": {f"module.{k}": v for k, v in state.items()}}):
+    arguments = argparse.Namespace(lr=0.01, model="alexnet")  # torchvision's script keeps them
+    parallel = {f"module.{name}": values for name, values in state.items()}
+    for content in ({"model": state, "epoch": 3, "args": arguments}, {"state_dict": parallel}):
         torch.save(content, tmp_path / "a.pth")
         convert.main([str(tmp_path / "a.pth"), str(tmp_path / "a.pt")])
         after = load(tmp_path / "a.pt")["model"]
@@ -388,6 +391,25 @@ def test_other_ways_to_save_torchvisions_weights(torchvision_file, from_torchvis
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "a.pth")
     convert.main([str(tmp_path / "a.pth"), str(tmp_path / "a.pt")])
     assert load(tmp_path / "a.pt")["model"]["features.3.weight"].dtype == torch.float32
+
+
+def test_a_damaged_file_in_torchs_cache_is_one_line(tmp_path, monkeypatch):
+    """What was cached once is not compared with its checksum again."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    for content in (b"", bytes(range(256))):
+        (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"checkpoints/alexnet-owt-7be5be79.pth, .* is damaged; remove it"):
+            convert.main(["torchvision", str(tmp_path / "out.pt")])
+
+
+def test_what_is_written_is_called_a_pt(torchvision_file, tmp_path, capsys):
+    """And the command that is printed can be pasted."""
+    for ending in ("safetensors", "onnx"):
+        with pytest.raises(UserError, match=rf"is a .pt, .* checkpoints.export makes a .{ending} of it"):
+            convert.main([str(torchvision_file), str(tmp_path / f"out.{ending}")])
+    convert.main([str(torchvision_file), str(tmp_path / "my nets" / "a.pt")])
+    assert f"test it: python test.py '{tmp_path / 'my nets' / 'a.pt'}' --data STORE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(100), b"\x93NUMPY"])
