@@ -1,11 +1,11 @@
 """torch.hub entry points: torch.hub.load("PATH OR OWNER/REPOSITORY", "alexnet", ...)."""
 
 import sys
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager as _contextmanager  # torch.hub.list lists what has no underscore
+from pathlib import Path as _Path
 
 dependencies = ["torch"]
-FOLDER = Path(__file__).resolve().parent
+FOLDER = _Path(__file__).resolve().parent
 OURS = {"checkpoints", "data", "model", "utils"}
 _loaded: dict = {}  # our modules by name, while others of the same names are in their place
 
@@ -31,7 +31,7 @@ def alexnet(checkpoint: str | None = None, **options):
         return load_model(checkpoint)[0]
 
 
-@contextmanager
+@_contextmanager
 def _our_modules():
     """Inside, `import model` and the like give this folder's modules; outside, the caller's program has its own of
     these names, as if nothing had been."""

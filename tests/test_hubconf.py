@@ -18,6 +18,12 @@ def test_hub_loads_a_fresh_net():
     assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
+def test_hub_lists_the_net_alone():
+    """torch.hub.list shows all that can be called and has no underscore; it takes no folder on this machine."""
+    callables = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    assert callables == ["alexnet"]
+
+
 USERS = """
 import sys, torch
 import model, utils, checkpoints, data.own
