@@ -30,7 +30,7 @@ from checkpoints.run import ROOT
 from data import sources
 from data.loader import Loader, default_workers, machine_errors
 from data.pack import named_store
-from data.pictures import printable
+from data.pictures import ENDINGS, printable
 from data.store import Store
 from kernels import accelerate
 from utils import Parser, UserError, replacing, run_script, shown, whole, write_text
@@ -88,9 +88,12 @@ def check_arguments(args) -> None:
             raise UserError(f"--{option} {path}: there is no such folder")
         if real.is_dir():
             raise UserError(f"--{option} {path}: that is a folder; name a file in it")
+        if real.exists() and not real.is_file():
+            raise UserError(f"--{option} {path}: that is no regular file; name a file")
         if not os.access(real.parent, os.W_OK):
             raise UserError(f"--{option} {path}: {real.parent} can't be written to; name another folder")
-        if real.suffix.lower() in (".pt", ".safetensors") or str(real) in inputs:
+        endings = {".pt", ".safetensors", *(() if option == "confusion" else ENDINGS)}
+        if real.suffix.lower() in endings or str(real) in inputs:
             raise UserError(f"--{option} {path}: that is a checkpoint or a picture, or called so; name another file")
         if real in outputs:
             raise UserError(f"--{option} {path}: --{outputs[real]} goes there already; name another file")
@@ -148,6 +151,9 @@ def check_fit(paths: list, members: list, store: Store) -> None:
                 "--data or --dataset names the store that it was trained on"
             )
         if checkpoint["classes"] != store.classes:
+            if sorted(checkpoint["classes"]) == sorted(store.classes):
+                raise UserError(f"{path} has the classes of {shown(store.path)} in another order, and takes one for "
+                                "another there; --data or --dataset names the store that it was trained on")
             print(f"warning: the class names of {path} and {shown(store.path)} differ", file=sys.stderr)
         if checkpoint["resize"] != store.manifest["resize"]:
             print(
@@ -278,7 +284,7 @@ def name_pictures(args, paths: list[Path], device) -> None:
         write_features(Path(args.features), seen, names, [-1] * len(names), namer.classes)
     if not args.json:
         written = " and ".join(shown(Path(path)) for path in (args.predictions, args.features) if path)
-        print(f"{len(rows):,} pictures named{f', in {written}' if written else ''}")
+        print(f"{len(rows):,} picture{'s' * (len(rows) != 1)} named{f', in {written}' if written else ''}")
 
 
 def write_features(path: Path, seen: list, names, labels, classes: list[str]) -> None:

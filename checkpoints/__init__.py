@@ -54,6 +54,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
     """A checkpoint of train.py, checkpoints.convert or checkpoints.export (.safetensors) as a dict. Only plain values
     and tensors are read, never code. Raises UserError for a file that is missing, damaged or something else."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a checkpoint in it, such as {path / 'best.pt'}")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     open(path, "rb").close()  # raises OSError, which says why, where it can't be read

@@ -244,12 +244,14 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path, monkeypatch):
     (tmp_path / "link.csv").symlink_to(best)
     for arguments, message in (
         (["nowhere.pt"], "no such checkpoint"),
-        ([str(tmp_path)], "no such checkpoint"),
+        ([str(tmp_path)], "is a folder; name a checkpoint in it, such as .*best.pt"),
         ([best, "--split", "train"], "--split"),
         ([best, "--batch-size", "0"], "--batch-size"),
         ([best, "--data", str(tmp_path)], "is not a store"),
         ([best, "--predictions", "nowhere/p.csv"], "no such folder"),
         ([best, "--predictions", str(tmp_path)], "that is a folder; name a file in it"),
+        ([best, "--predictions", "/dev/null"], "that is no regular file"),
+        ([best, "--images", ".", "--predictions", str(tmp_path / "cat.png")], "that is a checkpoint or a picture"),
         ([best, "--images", "cat.jpg", "--per-class"], "go with a data set"),
         ([best, "--images", "cat.jpg", "--confusion", "c.png"], "go with a data set"),
         ([best, "--features", "f.npz", "--ten-crop"], "of one net and centre crops"),
@@ -313,6 +315,10 @@ def test_other_class_names_are_warned_of(run_folder, tmp_path, capsys):
     other = pack.pack(source, tmp_path / "other")
     test.main([str(run_folder / "best.pt"), "--data", str(other.path)])
     assert "class names" in capsys.readouterr().err
+    source.classes = small_source().classes[::-1]
+    other = pack.pack(source, tmp_path / "reversed")
+    with pytest.raises(UserError, match="in another order, and takes one for another there"):
+        test.main([str(run_folder / "best.pt"), "--data", str(other.path)])
 
 
 def test_json_stays_one_line_while_a_set_is_packed(run_folder, tmp_path, monkeypatch, capsys):
