@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +35,8 @@ def read_manifest(store: Path) -> tuple[dict, str]:
     """(manifest, fingerprint) of a store's folder; the fingerprint is the file's SHA-256. Raises UserError where there
     is none, or where it is of another format, damaged or changed."""
     if not is_store(store):
-        raise UserError(f"{store} is not a store; pack it first: python -m data.pack {store} --out STORE")
+        raise UserError(f"{store} is not a store; pack it first: python -m data.pack {shlex.quote(str(store))} "
+                        "--out STORE")
     path = store / MANIFEST
     text = path.read_bytes()
     try:

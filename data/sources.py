@@ -17,6 +17,7 @@ import numpy as np
 
 from data import imagenet
 from data.guard import limited
+from data.manifest import is_store
 from data.pictures import printable, say
 from data.trees import Source, Split, caffe_lists, image_folder
 from utils import UserError, one_line, shown
@@ -49,7 +50,7 @@ def find(name: str, download: bool = True, val: float | None = None) -> Source:
     """The source called `name`: a named set or a path. val: the part of the training pictures that becomes the
     validation split of a tree without one. Raises UserError where there is none or it cannot be used, and Unavailable
     where a named set is not on disk and cannot be downloaded."""
-    if val is not None and (name in NAMED or not Path(name).is_dir()):
+    if val is not None and (name in NAMED or Path(name).is_file()):
         raise UserError(f"--val {val:g} is for folders of class folders, which {name} is not; leave the option out")
     if name in ("cifar10", "cifar100"):
         source = _cifar(name, download)
@@ -66,6 +67,8 @@ def find(name: str, download: bool = True, val: float | None = None) -> Source:
 
 def _from_path(path: Path, val: float | None) -> Source:
     if path.is_dir():
+        if is_store(path):
+            raise UserError(f"{path} is a store already, which train.py --data takes as it is")
         if imagenet.is_kaggle(path):
             source = imagenet.kaggle(path)
         elif imagenet.is_official(path):

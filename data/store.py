@@ -309,7 +309,7 @@ def _environment(folder: Path, size: int, changed: float):
         environment = lmdb.open(
             str(folder), readonly=True, lock=False, readahead=False, meminit=False, max_spare_txns=4
         )
-    except lmdb.Error as error:
+    except (lmdb.Error, UnicodeError) as error:  # of a path that is no UTF-8
         raise UserError(f"{folder} cannot be opened ({error}); copy or pack the store again") from None
     _environments[key] = os.getpid(), environment
     return environment

@@ -7,6 +7,7 @@ Caffe's list of synsets and in every published checkpoint.
 import hashlib
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -163,15 +164,23 @@ def image_folder(root: Path, val: float | None = None) -> Source:
                 splits[split] = file_split(folder, members, [UNLABELLED] * len(members))
             continue
         if found != classes:
-            others = ", ".join(sorted(set(found) ^ set(classes))[:5])
-            hint = "; for Kaggle's ImageNet give the folder that holds LOC_val_solution.csv" if not found else ""
-            raise UserError(f"the class folders of {folder} and {folders['train']} differ: {others}{hint}")
+            _refuse_other_classes(folder, found, folders["train"], classes)
         if split == "train" and folders["val"] is None:
             fraction = VAL if val is None else val
             splits["train"], splits["val"] = divided(folder, *class_members(folder, classes), fraction)
         else:
             splits[split] = labelled_folders(folder, classes)
     return file_source(root.resolve().name, classes, splits)
+
+
+def _refuse_other_classes(folder: Path, found: list[str], train: Path, classes: list[str]) -> None:
+    if not found:
+        raise UserError(f"{folder} has no class folders, {train} has {len(classes)}: fill it, or take it away; for "
+                        "Kaggle's ImageNet give the folder that holds LOC_val_solution.csv")
+    others = sorted(set(found) ^ set(classes))
+    alike = len({unicodedata.normalize("NFC", name) for name in others}) < len(others)
+    hint = "; some look the same, but their accents are written in other bytes: rename them" if alike else ""
+    raise UserError(f"the class folders of {folder} and {train} differ: {', '.join(others[:5])}{hint}")
 
 
 def divided(folder: Path, members: list[str], labels: list[int], fraction: float) -> tuple[Split, Split]:

@@ -249,6 +249,22 @@ def test_a_tree_says_what_is_wrong_with_it(tree, tmp_path):
     (tree / "train/bird").mkdir()
     with pytest.raises(UserError, match="bird holds no pictures"):
         sources.find(str(tree))
+    (tree / "train/bird").rename(tree / "train/caf\u00e9")
+    (tree / "val/bird").rename(tree / "val/cafe\u0301")
+    shutil.copy(tree / "train/cat/0.png", tree / "train/caf\u00e9")
+    with pytest.raises(UserError, match=r"differ: .*; some look the same, but their accents are written in"):
+        sources.find(str(tree))
+    (tree / "val").rename(tree / "old")
+    (tree / "val").mkdir()
+    with pytest.raises(UserError, match=r"val has no class folders, .*train has 3: fill it, or take it away"):
+        sources.find(str(tree))
+    with pytest.raises(UserError, match="phtos: no such data set, folder or file"):
+        sources.find("phtos", val=0.2)
+
+
+def test_a_store_is_no_source(store):
+    with pytest.raises(UserError, match=r"is a store already, which train.py --data takes"):
+        sources.find(str(store.path))
 
 
 def test_a_folder_called_like_a_named_set_is_not_that_set(tree):

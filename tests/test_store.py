@@ -190,6 +190,9 @@ def test_missing_files_and_foreign_folders_are_named(copy, tmp_path):
         store.Store(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         store.Store(tmp_path / "nowhere")
+    (tmp_path / "my photos").mkdir()
+    with pytest.raises(UserError, match=r"python -m data.pack '.*/my photos' --out STORE"):
+        store.Store(tmp_path / "my photos")
     for text in ("{", '{"format": Infinity}'):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(UserError, match="damaged"):
