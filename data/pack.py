@@ -184,7 +184,6 @@ def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, p
     sums: size and checksum of the file of sums}."""
     part, rows, name = job.source.splits[split], job.rows(split, number), shard_name(split, number)
     shutil.rmtree(job.store / name, ignore_errors=True)  # what a killed packer left
-    place = f" in {part.pictures.place}" if isinstance(part.pictures, Files) else ""
     writer = ShardWriter(job.store / name)
     skipped, repaired, moments = [], {}, Moments(job.shape) if split == "train" else None
     starts = range(rows.start, rows.stop, CHUNK)
@@ -195,6 +194,7 @@ def _write_shard(job: Job, pool, split: str, number: int, skipped_before: int, p
             for record in done.records:
                 writer.put(rows.start + writer.count, record)
             for entry in done.skipped:
+                place = f" in {part.pictures.where(entry['row'])}" if isinstance(part.pictures, Files) else ""
                 print(printable(f"skipped{place}: {entry['reason']}"), file=sys.stderr, flush=True)
             skipped += done.skipped
             if skipped:
@@ -279,6 +279,10 @@ def _complete(job: Job, pool, lock, resumed: bool) -> bool:
         if not _forget_damaged(job, entries):
             raise
         raise UserError("finished shards were damaged on the disk; the same command packs them again") from None
+    wanted = {shard_name(split, number) for split in entries for number in range(job.shards)}
+    for folder in job.store.iterdir():
+        if folder.is_dir() and folder.name not in wanted:
+            shutil.rmtree(folder)  # begun with another number of shards, and killed
     job.store.rename(job.out)
     sync_folder(job.out.parent)
     shutil.rmtree(job.building, ignore_errors=True)

@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import stat
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ ENDINGS = {
     ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF",
 }
 FORMATS = sorted(set(ENDINGS.values()))
+BITS, PHOTOMETRIC, SAMPLES = 258, 262, 339  # tags of a TIFF: bits of a pixel, what is 0, kind of numbers
 MAX_PIXELS = 2**28 // 3  # Pillow's own limit, a quarter of a GiB in RGB; more is taken for a decompression bomb
 MAX_BYTES = 2**28  # of a picture's file
 TURNS = {  # what brings a picture upright, by its EXIF orientation
@@ -35,6 +37,7 @@ TURNS = {  # what brings a picture upright, by its EXIF orientation
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+NO_LINE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are no UTF-8, separators of lines and paragraphs
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 
 
@@ -94,8 +97,14 @@ class Files(Sequence):
         return len(self.members)
 
     def name(self, index: int) -> str:
-        """What a picture is called, fit for a line of UTF-8."""
-        return printable(self.members[index].rpartition("/")[2] if self.flat else self.members[index])
+        """What a picture is called, with escapes for what no line of UTF-8 holds."""
+        name = self.members[index].rpartition("/")[2] if self.flat else self.members[index]
+        return "".join(ascii(c)[1:-1] if unicodedata.category(c) in NO_LINE else c for c in name)
+
+    def where(self, index: int) -> str:
+        """The folder or the tar that a picture is in; what its name does not say of it."""
+        inside = self.members[index].rpartition("/")[0] if self.flat and self.offsets is None else ""
+        return os.path.join(self.place, inside) if inside else self.place
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -155,7 +164,7 @@ def open_picture(path: Path) -> Image.Image:
     """A picture from a file, decoded. Raises UserError."""
     with warnings.catch_warnings(action="ignore"), _opened(File(str(path), str(path)).read(), path) as picture:
         picture.load()
-        _refuse_floats(picture)
+        _refuse_unscaled(picture)
         return picture
 
 
@@ -205,7 +214,7 @@ def _peculiarities(picture: Image.Image, name: str) -> list[str]:
     unusual = {
         f"{form} named as another format": ENDINGS.get(Path(name).suffix.lower(), form) != form,
         "grey": mode in ("1", "L", "LA", "La") or mode.startswith("I"),
-        "16 bits": mode.startswith("I"),
+        "16 bits": mode.startswith("I") or ";16" in str(picture.tile[:1]),  # grey; in colour
         "CMYK": mode == "CMYK",
         "palette": mode in ("P", "PA"),
         "transparency dropped": transparent,
@@ -228,14 +237,18 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _refuse_floats(picture: Image.Image) -> None:
+def _refuse_unscaled(picture: Image.Image) -> None:
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers on no known scale")
+    tags = getattr(picture, "tag_v2", {})
+    if tags.get(SAMPLES) == (2,) and tags.get(BITS) == (16,):
+        raise ValueError("its pixels are signed numbers on no known scale")
 
 
 def _convert(picture: Image.Image, channels: int) -> np.ndarray:
     """Pixels (H, W, channels) of a picture of any mode, turned upright."""
     picture.load()  # which turns a TIFF, and no other
+    tags = getattr(picture, "tag_v2", {})  # a TIFF's, which turned pictures lose
     # Adobe's programs store CMYK inverted, and Pillow takes every JPEG for one of theirs.
     inverted = picture.format == "JPEG" and picture.mode == "CMYK" and "adobe" not in picture.info
     orientation = _orientation(picture)
@@ -243,7 +256,10 @@ def _convert(picture: Image.Image, channels: int) -> np.ndarray:
         picture = picture.transpose(TURNS[orientation])
     if inverted:
         picture = ImageChops.invert(picture)
-    _refuse_floats(picture)
+    _refuse_unscaled(picture)
     if picture.mode.startswith("I"):  # 16 bits: convert() would clip the 32-bit mode they may come in to white
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+        more = 4 if tags.get(BITS) == (12,) else 8
+        upper = (np.asarray(picture).clip(0, 65535) >> more).astype(np.uint8)
+        # Where 0 is white, Pillow turns 8 bits over, and 16 not.
+        picture = Image.fromarray(255 - upper if tags.get(PHOTOMETRIC) == 0 else upper)
     return np.array(picture.convert("L" if channels == 1 else "RGB")).reshape(*picture.size[::-1], channels)

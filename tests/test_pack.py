@@ -188,6 +188,20 @@ def test_two_packers_do_not_disturb_each_other(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_shards_of_another_number_that_a_kill_left_are_not_in_the_store(tmp_path, monkeypatch):
+    """A shard of another packing that was not finished."""
+    real = pack._complete
+
+    def complete(job, *more):
+        (job.store / "train-00007").mkdir()
+        (job.store / "train-00007" / "data.mdb").write_bytes(bytes(1000))
+        return real(job, *more)
+
+    monkeypatch.setattr(pack, "_complete", complete)
+    store = pack.pack(small_source(), tmp_path / "out")
+    assert sorted(p.name for p in store.path.iterdir() if p.is_dir()) == ["test-00000", "train-00000", "val-00000"]
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     """RLIMIT_FSIZE stands in for the full disk: writes past 300 KB fail."""
     code = f"""

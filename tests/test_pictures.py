@@ -87,6 +87,23 @@ def coded(picture: Image.Image, form: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def tiff(rows: bytes, bits: int, white_is_zero=False, signed=False, big=False) -> bytes:
+    """A grey TIFF of 120 x 90, uncompressed."""
+    order, count = ">" if big else "<", 9
+    tags = {256: 120, 257: 90, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 8 + 2 + 12 * count + 4, 277: 1,
+            279: len(rows), 339: 2 if signed else 1}
+    entries = b"".join(struct.pack(f"{order}HHII" if tag in (273, 279) else f"{order}HHIHxx", tag,
+                                   4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
+    head = (b"MM\0*" if big else b"II*\0") + struct.pack(f"{order}I", 8)
+    return head + struct.pack(f"{order}H", count) + entries + bytes(4) + rows
+
+
+def twelve_bits(deep: np.ndarray) -> bytes:
+    """Two pixels in three bytes."""
+    first, second = (deep.reshape(-1, 2)[:, n] >> 4 for n in (0, 1))
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+
+
 def with_orientation(number: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = number
@@ -151,8 +168,12 @@ ODD = {
                       ["grey", "16 bits"]),
     "32 bits, TIFF": ("a.tif", coded(Image.fromarray(DEEP.astype(np.int32)), "TIFF"),
                       Image.fromarray((DEEP >> 8).astype(np.uint8)), ["grey", "16 bits"]),
+    "16 bits, white is 0": ("a.tif", tiff(DEEP.tobytes(), 16, white_is_zero=True),
+                            Image.fromarray(255 - (DEEP >> 8).astype(np.uint8)), ["grey", "16 bits"]),
+    "12 bits, TIFF": ("a.tif", tiff(twelve_bits(DEEP), 12), Image.fromarray((DEEP >> 8).astype(np.uint8)),
+                      ["grey", "16 bits"]),
     "16 bits, colour": ("a.png", cv2.imencode(".png", np.asarray(PHOTO)[..., ::-1].astype(np.uint16) * 257)[1]
-                        .tobytes(), PHOTO, []),
+                        .tobytes(), PHOTO, ["16 bits"]),
     "PNG named .JPEG": ("a.JPEG", coded(PHOTO, "PNG"), PHOTO, ["PNG named as another format"]),
     "WebP named .JPEG": ("a.JPEG", coded(PHOTO, "WEBP", quality=90), None, ["WEBP named as another format"]),
     "JPEG named .png": ("a.png", coded(PHOTO, "JPEG"), None, ["JPEG named as another format"]),
@@ -213,6 +234,8 @@ def test_plain_cmyk_of_both_polarities_is_one_picture():
         ("a.JPEG", coded(PHOTO, "JPEG")[:-700], "truncated"),
         ("a.png", coded(PHOTO, "PNG")[:-700], "cannot be read as a picture"),
         ("a.tif", coded(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "floating-point"),
+        ("a.tif", tiff(DEEP.tobytes(), 16, signed=True), "signed numbers on no known scale"),
+        ("a.tif", tiff(DEEP.byteswap().tobytes(), 16, signed=True, big=True), "signed numbers on no known scale"),
         ("a.png", coded(Image.new("1", (30_000, 30_000)), "PNG"), "is refused|exceeds limit"),
         ("a.png", coded(Image.new("1", (10_000, 9_000)), "PNG"), "is refused: 10000 x 9000 pixels"),
     ],
