@@ -86,7 +86,7 @@ def resumed(args: Namespace, given: dict) -> Namespace:
             stored["data"] = str(home)
         elif Path(packed_from.get("data", "")).is_dir():  # packed anew: settle() looks whether it is the same
             stored |= packed_from
-    if "data" in given and given["data"] not in (stored.get("data"), packed_from.get("data")):
+    if given.get("data") and given["data"] not in (stored.get("data"), packed_from.get("data")):
         if not is_store(Path(given["data"])):
             started = before("data", packed_from.get("data", stored["data"]))
             raise UserError(f"--data {given['data']} is no store; {folder} was started {started}")

@@ -41,7 +41,7 @@ def run_script(main) -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # >&-
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        if "" in sys.argv:
+        if any(not word or (word.startswith("--") and word.endswith("=")) for word in sys.argv):
             raise UserError("one of the arguments is empty; is a variable not set?")
         status = main(sys.argv[1:])
         sys.stdout.flush()

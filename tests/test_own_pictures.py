@@ -180,8 +180,8 @@ def test_somebody_elses_manifest_among_the_pictures(stores, tmp_path):
 
 
 def test_empty_arguments_are_told():
-    for script in ("train.py", "test.py"):
-        command = [sys.executable, script, "--data", ""]
+    for words in (("train.py", "--data", ""), ("test.py", "--data=")):
+        command = [sys.executable, *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (2, "error: one of the arguments is empty; is a variable not set?\n")
 
