@@ -156,6 +156,7 @@ def take_over_net(args: Namespace, given: dict) -> None:
             raise UserError(f"{worded(name, given[name])}: the net of --init {args.init} {theirs}, and brings its "
                             "options with it; leave this one out")
         setattr(args, name, config.get(name))
+    args.dropout = args.dropout and bool(config.get("dropout", True))
 
 
 def make_parser() -> Parser:

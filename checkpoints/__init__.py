@@ -299,7 +299,8 @@ def describe_net(net: nn.Module) -> str:
     columns = "one column" if config["columns"] == 1 else "two columns"
     order = ", in the order of the 2012 code" if config["order"] == "2012" else ""
     caffe = " with Caffe's dropout" if "net" in config else ""
-    return f"AlexNet{caffe}, {columns}{order}"
+    dropout = "" if config.get("dropout", True) else ", without dropout"
+    return f"AlexNet{caffe}, {columns}{order}{dropout}"
 
 
 def take_weights(net: nn.Module, checkpoint: dict, path: str | Path, classes: list[str], wnids) -> str:

@@ -330,6 +330,15 @@ def test_init_without_dropout_starts_from_the_same_function(store, tmp_path):
     torch.testing.assert_close(net(inputs), before(inputs))
 
 
+def test_init_from_a_net_without_dropout_has_none_either(run_folder, store, tmp_path, capsys):
+    content = load(run_folder / "best.pt")
+    content["config"]["dropout"] = 0
+    torch.save(content, tmp_path / "none.pt")
+    run(store, tmp_path / "run", "--init", tmp_path / "none.pt", "--max-steps", "1")
+    assert "net     AlexNet, one column, without dropout, 64" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]["dropout"] is False
+
+
 def test_freeze_needs_weights(store, tmp_path):
     with pytest.raises(UserError, match="--freeze conv5 keeps weights that have learnt nothing yet; --init CHECKPOINT"):
         run(store, tmp_path / "run", "--freeze", "conv5")
