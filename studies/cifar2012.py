@@ -177,6 +177,8 @@ def make_net(args, pictures: Pictures, cell: dict) -> int:
                 append_line(args.out, cell | {"diverged": str(reason)} | run.made)
                 return 0
         log = read_log(folder / "log.jsonl")
+        if [e["epoch"] for e in log] != list(range(1, args.epochs + 1)):
+            raise UserError(f"{shown(folder / 'log.jsonl')} has lost lines; to train this net anew, remove its folder")
         errors = {p: error(run.net, pictures.views(p), pictures.test.in_order(BATCH)) for p in PROTOCOLS}
         found = {"error": errors, "train_top1_error": log[-1]["train_top1_error"],
                  "seconds": sum(e["seconds"] for e in log)}

@@ -31,7 +31,7 @@ import torch
 import checkpoints
 import memory
 import utils
-from checkpoints.run import append_line, environment, locked, read_log
+from checkpoints.run import Busy, append_line, environment, locked, read_log
 from kernels import accelerate
 from studies.common import interval, new_figure, pixel_std, results_file, save_figure
 from studies.fourlayer import STORED, Pictures, build, load, make_optimizer, save, train_epoch
@@ -113,16 +113,19 @@ def run(args, pictures: Pictures, act: str, lr: float, seed: int, watch: Watch) 
     name = f"{act}-{lr:g}-{seed}-{args.epochs}-{args.precision}{variant(args)}"
     folder = checkpoints.FOLDER / "figure1" / name
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if lines(args, **cell):
-            return
-        before = [e["reached"] for e in lines(args, activation=act, seed=0) if e["reached"]] if seed == 0 else []
-        found = errors_of(args, folder, pictures, cell, min([args.epochs, *before]), watch)
-        if found:
-            reached = crossing(curve(found["part_errors"]))
-            about = {k: getattr(args, k) for k in KEY[3:]} | {"reached": reached}
-            append_line(args.out, cell | about | found | environment(pictures.train.device))
-            (folder / "last.pt").unlink(missing_ok=True)
+    try:
+        with locked(folder):
+            if lines(args, **cell):
+                return
+            before = [e["reached"] for e in lines(args, activation=act, seed=0) if e["reached"]] if seed == 0 else []
+            found = errors_of(args, folder, pictures, cell, min([args.epochs, *before]), watch)
+            if found:
+                reached = crossing(curve(found["part_errors"]))
+                about = {k: getattr(args, k) for k in KEY[3:]} | {"reached": reached}
+                append_line(args.out, cell | about | found | environment(pictures.train.device))
+                (folder / "last.pt").unlink(missing_ok=True)
+    except Busy:
+        raise UserError(f"another process is training {shown(folder)}; wait for it") from None
 
 
 def errors_of(args, folder: Path, pictures: Pictures, cell: dict, limit: float, watch: Watch) -> dict | None:

@@ -190,6 +190,8 @@ def make_net(name: str, row: Row, seed: int, device: torch.device, precision: st
         if status:
             return status
         log = read_log(out / "log.jsonl")
+        if not log and not diverged:
+            raise UserError(f"{out / 'log.jsonl'} has lost its lines; to train this net anew, remove {place}")
         LOGS.mkdir(parents=True, exist_ok=True)
         copy = LOGS / f"{place.name}.jsonl"
         write_text(copy, "".join(json.dumps(e) + "\n" for e in log))

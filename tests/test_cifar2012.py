@@ -335,6 +335,14 @@ def test_what_is_not_a_state_is_named(study):
         cifar2012.main(["--out", str(study / "x.jsonl")])
 
 
+def test_a_log_that_has_lost_lines_is_told(study):
+    arguments = ["--nets", "13pct", "--epochs", "4", "--out"]
+    cifar2012.main([*arguments, str(study / "x.jsonl")])
+    (study / "cifar2012" / "13pct-4-fp32-0" / "log.jsonl").unlink()
+    with pytest.raises(UserError, match=r"log.jsonl has lost lines; to train this net anew, remove its folder"):
+        cifar2012.main([*arguments, str(study / "y.jsonl")])
+
+
 def test_speed_names_each_layer(monkeypatch, capsys):
     monkeypatch.setattr(cifar2012, "BATCH", 4)
     assert cifar2012.main(["--speed", "--nets", "11pct"]) == 0

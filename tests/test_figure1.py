@@ -178,5 +178,5 @@ def test_lines_of_another_kind_are_refused(study):
 def test_one_process_a_cell(study):
     folder = study / "figure1" / "relu-0.001-0-3-fp32"
     folder.mkdir(parents=True)
-    with locked(folder), pytest.raises(UserError, match="another process"):
+    with locked(folder), pytest.raises(UserError, match=r"another process is training .*-0-3-fp32; wait for it$"):
         figure1.main(["--epochs", "3", "--out", str(study / "x.jsonl")])
