@@ -214,13 +214,15 @@ def wilson_interval(wrong: float, total: int) -> tuple[float, float]:
 
 
 def per_class(rows: list, classes: list[str]) -> list[dict]:
-    """For each class: name, images, top-1 error in percent, the class it is most often taken for and how often."""
+    """For each class: name, images, top-1 error in percent (None without images), the class it is most often taken for
+    and how often."""
     labels, firsts = (np.array([pick(row) for row in rows]) for pick in (lambda r: r[0], lambda r: r[1][0]))
     lines = []
     for label, name in enumerate(classes):
         mine = firsts[labels == label]
         wrong = mine[mine != label]
-        entry = {"class": name, "images": len(mine), "top1_error": 100 * len(wrong) / max(1, len(mine))}
+        error = 100 * len(wrong) / len(mine) if len(mine) else None
+        entry = {"class": name, "images": len(mine), "top1_error": error}
         if len(wrong):
             counts = np.bincount(wrong)
             entry |= {"taken_for": classes[counts.argmax()], "times": int(counts.max())}
@@ -256,7 +258,8 @@ def report(result: dict, classes: int) -> str:
         low, high = result[f"top{k}_interval"]
         lines.append(f"top-{k} error {result[f'top{k}_error']:6.2f}%   (95% interval {low:.2f} to {high:.2f}%)")
     for entry in result.get("per_class", ()):
-        line = f"  {entry['top1_error']:6.2f}% of {entry['images']:>5}  {entry['class']}"
+        error = f"{entry['top1_error']:6.2f}%" if entry["images"] else "      -"
+        line = f"  {error} of {entry['images']:>5}  {entry['class']}"
         if "times" in entry:
             line += f" (most often taken for {entry['taken_for']}, {entry['times']}x)"
         lines.append(printable(line))

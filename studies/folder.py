@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,10 @@ class Run:
         """train.py's defaults; {} where the run is not one of train.py's, or not known to be."""
         if not self.arguments or "network" in self.arguments:
             return {}
-        return vars(options.make_parser().parse_args([])) | options.DEFAULTS
+        found = vars(options.make_parser().parse_args([])) | options.DEFAULTS
+        with suppress(LeftOut):  # fewer pictures and trained weights have others
+            found |= options.defaults(Namespace(init=self.arguments.get("init")), self.store)
+        return found
 
     @property
     def settings(self) -> dict:

@@ -66,7 +66,8 @@ def main(argv=None) -> int:
 def title_of(run: Run) -> str:
     name = run.path.resolve().name
     try:
-        return f"{name}: AlexNet, {run.size} x {run.size} pixels"
+        kind = "torchvision's alexnet" if run.checkpoint["config"].get("net") == "torchvision" else "AlexNet"
+        return f"{name}: {kind}, {run.size} x {run.size} pixels"
     except LeftOut:
         return f"{name}: {run.arguments['network']}" if "network" in run.arguments else name
 
@@ -221,10 +222,13 @@ def errors(run: Run) -> str:
     sure, first = (values.numpy() for values in looked.probabilities.max(1))
     truth = looked.labels.numpy()
     rows = list(zip(truth.tolist(), first[:, None].tolist(), sure.tolist(), strict=True))
-    by_class = sorted(test.per_class(rows, run.classes), key=lambda entry: -entry["top1_error"])
+    by_class = [entry for entry in test.per_class(rows, run.classes) if entry["images"]]
+    by_class.sort(key=lambda entry: -entry["top1_error"])
     lines = [[entry["class"], f"{entry['images']:,}", f"{entry['top1_error']:.1f}%",
               f"{entry['taken_for']} ({entry['times']}x)" if "times" in entry else ""] for entry in by_class[:MANY]]
-    more = page.paragraph(f"The {MANY} of {len(by_class):,} classes with the highest errors.") * (len(by_class) > MANY)
+    told = f"The {MANY} of {len(by_class):,} classes with the highest errors." if len(by_class) > MANY else ""
+    if len(by_class) < len(run.classes):
+        told += f" Classes without pictures here: {len(run.classes) - len(by_class):,}."
     mistakes = np.flatnonzero(first != truth)
     worst = []
     for index in mistakes[np.argsort(-sure[mistakes], kind="stable")][:MISTAKES]:
@@ -232,7 +236,8 @@ def errors(run: Run) -> str:
         name, taken_for = run.classes[truth[index]], run.classes[first[index]]
         drawn = page.picture(page.fitted(pixels, 96), f"mistake-{index}", name)
         worst.append(page.card(drawn, f"{name}, taken for {taken_for} ({100 * sure[index]:.0f}%)"))
-    return (page.table(["class", "pictures", "top-1 error", "most often taken for"], lines) + more +
+    return (page.table(["class", "pictures", "top-1 error", "most often taken for"], lines) +
+            (page.paragraph(told.strip()) if told else "") +
             page.wide(page.drawing(test.confusion_figure(rows, run.classes), "confusion", "Confusion matrix")) +
             page.heading("The most confident mistakes") + (page.cards(worst) if worst else page.paragraph("None.")) +
             page.heading("Is it as sure as it is right?") + reliability(sure, first == truth))

@@ -170,6 +170,16 @@ def test_signals_are_of_pictures_drawn_from_all(store, tmp_path, monkeypatch):
     assert other != again
 
 
+def test_settings_that_train_py_chose_itself_are_its_defaults(run_folder):
+    """Those for few pictures."""
+    run = Run(run_folder)
+    assert run.arguments["batch_size"] == 16
+    assert run.standard["batch_size"] == 32
+    run.arguments["batch_size"] = 32
+    (said,) = re.findall(r"defaults</td><td>(.*?)</td>", report.what(run))
+    assert said.split(", ") == ["--epochs 1"]
+
+
 def test_a_run_that_was_stopped_in_its_first_epoch(store, tmp_path):
     made_run(store, tmp_path / "run", epochs=0, best=math.inf)
     report.main([str(tmp_path / "run")])
@@ -186,7 +196,7 @@ def test_a_thousand_classes_fit(tmp_path, drawn, monkeypatch):
     report.main([str(made_run(store, tmp_path / "run"))])
     text, said = read(tmp_path / "run/report.html")
     assert "Left out: it gets no picture right" in said
-    assert "The 30 of 1,000 classes with the highest errors" in said
+    assert "The 30 of 40 classes with the highest errors. Classes without pictures here: 960." in said
     assert text.count("<tr>") < 60
     assert text.count('class="bar') == 5
     assert max(len(axes.get_xticks()) for axes in drawn["confusion"].axes) < 20

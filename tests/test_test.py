@@ -229,6 +229,15 @@ def test_confusion_counts_by_row(tmp_path, monkeypatch):
     assert drawn[1].shape == (200, 200)
 
 
+def test_a_class_without_pictures_has_no_error():
+    one, none = test.per_class([(0, [1], [0.9])], ["cat", "dog"])
+    assert one == {"class": "cat", "images": 1, "top1_error": 100.0, "taken_for": "dog", "times": 1}
+    assert none == {"class": "dog", "images": 0, "top1_error": None}
+    result = {"data": "x", "split": "val", "images": 1, "protocol": "center", "precision": "fp32", "per_class": [none],
+              "models": 1}
+    assert test.report(result, 2).endswith("\n        - of     0  dog")
+
+
 def test_what_does_not_fit_is_refused(run_folder, tmp_path, monkeypatch):
     three = pack.pack(small_source(classes=3), tmp_path / "three")
     best = str(run_folder / "best.pt")
