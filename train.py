@@ -47,7 +47,7 @@ from data.manifest import is_store
 from data.pack import named_store, store_of
 from data.store import Store
 from kernels import accelerate, multiplies_bf16, trouble_with_dense, trouble_with_lrn
-from model import AlexNet, activation_parameters
+from model import AlexNet, LocalResponseNorm, activation_parameters
 from options import FEW, NET, packed_size, parse, settle, small_crops
 from recipe import Schedule, make_optimizer, set_rate
 from utils import Diverged, Progress, UserError, duration, run_script, shown
@@ -72,7 +72,8 @@ def main(argv=None) -> int:
             watch.warn(load_last(run, device))
             processes.agree({"checkpoint": asdict(run.state)})
             if is_over(run):
-                watch.say(f"nothing left to do\n{conclusion(run, 0)}")
+                why = ": the learning rate has fallen three times" if run.schedule.finished else ""
+                watch.say(f"nothing left to do{why}\n{conclusion(run, 0)}")
                 return processes.leave(0)
 
         processes.wait()  # every process has looked at the folder before the first one writes
@@ -331,19 +332,21 @@ def set_up(args, store: Store, net: torch.nn.Module, watch: Watch) -> Training:
     net = net.to(watch.device, memory_format=torch.channels_last)
     if args.freeze:
         freeze(net, args.freeze)
+    lrn = any(isinstance(layer, LocalResponseNorm) for layer in net.modules())
     if args.kernels == "on":
-        require_kernels(watch.device.type)
+        require_kernels(watch.device.type, lrn)
     if args.compile:
         require_compiler(watch.device)
-    kernels = accelerate(net) if args.kernels != "off" else "LRN of model.py, dense layers of torch"
+    plain = "LRN of model.py, dense layers of torch" if lrn else "dense layers of torch"
+    kernels = accelerate(net) if args.kernels != "off" else plain
     optimizer = make_optimizer(
         net, recipe=args.recipe, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     return Training(args, store, net, optimizer, Schedule(args.lr, args.patience, args.drops), kernels)
 
 
-def require_kernels(device: str) -> None:
-    trouble = trouble_with_lrn(device) or (device == "cpu" and trouble_with_dense(device))
+def require_kernels(device: str, lrn: bool) -> None:
+    trouble = (lrn and trouble_with_lrn(device)) or (device == "cpu" and trouble_with_dense(device))
     if trouble:
         raise UserError(f"--kernels on: {trouble}; --kernels auto does without")
 
@@ -443,7 +446,8 @@ def summary(run: Training, entry: dict) -> str:
 
 def conclusion(run: Training, status: int) -> str:
     state, best, out = run.state, run.schedule.best, shlex.quote(shown(run.args.out))
-    started = "python train.py" if processes.number_of_processes() == 1 else "the same torchrun command with"
+    less = " without --max-steps," if run.args.max_steps else ""
+    started = f"the same torchrun command{less} with" if processes.number_of_processes() > 1 else "python train.py"
     resume = f"{started} --out {out} --resume"
     log = read_log(run.args.out / "log.jsonl")
     replaced = log[-1].get("replaced_records") if log else None

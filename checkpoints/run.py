@@ -140,7 +140,7 @@ def run_folder(run: Training, device: torch.device, rank: int, world: int):
                 })
                 keep_kernels(run)
                 save_last(run)  # so that --resume works from the first moment on
-        except Exception:  # a full disk, no memory: a new run leaves nothing behind
+        except BaseException:  # a full disk, no memory, Ctrl-C: a new run leaves nothing behind
             if not run.args.resume:
                 for name in ("config.json", KERNELS):
                     (out / name).unlink(missing_ok=True)

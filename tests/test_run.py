@@ -110,6 +110,26 @@ def test_a_finished_run_says_so_and_exits_with_0(run_folder, capsys):
     assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
 
 
+def test_a_run_that_its_schedule_ended_says_so(run_folder, tmp_path, capsys):
+    """More epochs change nothing then."""
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    content = load(out / "last.pt")
+    content["schedule"]["finished"] = True
+    torch.save(content, out / "last.pt")
+    assert resume(out, "--epochs", 9) == 0
+    assert "nothing left to do: the learning rate has fallen three times\n" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(store, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save_last", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_left_to_do_names_what_is_there(store, tmp_path, capsys):
     """A signal in the last step of --max-steps leaves no best.pt."""
     run(store, tmp_path / "run", "--max-steps", 1)
