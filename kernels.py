@@ -165,7 +165,8 @@ class FastDropout(Dropout):
     def mask(self, x: Tensor) -> Tensor:
         if self.p != 0.5 or x.device.type != "cpu":
             return super().mask(x)
-        # One bit of a random byte is a fair coin.
+        # One bit of a random byte is a fair coin. random_() breaks torch.compile's graph; whole, with masks of its own,
+        # a step takes longer (results/SPEED.md).
         words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_()
         return (words.view(torch.uint8)[: x.numel()] & 1).view(torch.bool).view(x.shape)
 
@@ -524,7 +525,7 @@ def _run(name: str, tensors: tuple[Tensor, ...], columns: int, size: int, scale:
 def compiled(size: int) -> tuple[ctypes.CDLL | None, str]:
     """kernels.c, compiled for this processor and sums over `size` channels, and loaded, and ""; or None and why there
     is none."""
-    compiler = os.environ.get("CC") or "cc"
+    compiler = os.environ.get("CC", "").strip() or "cc"
     if not shutil.which(compiler.split()[0]):
         return None, f"there is no C compiler {compiler}"
     # The OpenMP that -fopenmp names is the one that torch has loaded already: one set of threads for both.

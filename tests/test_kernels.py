@@ -404,7 +404,8 @@ def test_only_its_input_is_kept_for_lrns_derivative(lrn):
 
 @pytest.mark.parametrize("name", ["relu", "srelu", "frelu"])
 def test_torch_compile_takes_the_net_whole(name):
-    """No graph break; aot_eager traces forward and backward as torch.compile's own backend does, without a compiler."""
+    """No graph break but those at dropout's masks; aot_eager traces forward and backward as torch.compile's own backend
+    does, without a compiler."""
     torch.manual_seed(0)
     net = AlexNet(10, image_size=64, dropout=0, activation=name)
     accelerate(net)
@@ -504,6 +505,12 @@ def test_kernels_on_is_refused_where_there_are_none(store, tmp_path, fresh):
     fresh.setenv("CC", "no-such-compiler")
     with pytest.raises(utils.UserError, match=r"--kernels on: .* no C compiler no-such-compiler; --kernels auto does"):
         run(store, tmp_path / "run", "--kernels", "on", "--device", "cpu")
+    train.require_kernels("cpu", lrn=False)  # nothing is to be compiled for --no-lrn
+
+
+def test_a_blank_cc_is_none(fresh):
+    fresh.setenv("CC", " ")
+    assert kernels.compiled(5)[0] is not None
 
 
 def test_a_library_that_computes_something_else_is_not_used(fresh, tmp_path):
