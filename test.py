@@ -38,7 +38,7 @@ from utils import Parser, UserError, replacing, run_script, shown, whole, write_
 
 @machine_errors()
 def main(argv=None) -> int:
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_intermixed_args(argv)
     check_arguments(args)
     device = utils.pick_device(args.device)
     utils.no_tf32()

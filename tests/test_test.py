@@ -48,6 +48,7 @@ def test_the_default_is_the_test_split_of_the_training_data(run_folder, store, c
 def test_ten_crops_and_ensembles(run_folder, capsys):
     result = run_json(capsys, run_folder / "best.pt", run_folder / "last.pt", "--ten-crop")
     assert (result["protocol"], result["models"]) == ("ten-crop", 2)
+    assert run_json(capsys, run_folder / "best.pt", "--ten-crop", run_folder / "last.pt") == result
     alone = run_json(capsys, run_folder / "best.pt", "--ten-crop")
     twice = run_json(capsys, run_folder / "best.pt", run_folder / "best.pt", "--ten-crop")
     assert twice["loss"] == pytest.approx(alone["loss"], rel=1e-6)
