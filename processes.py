@@ -46,6 +46,11 @@ def number_of_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def on_this_machine() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 def _meet(board, rank: int, world: int) -> str:
     """A fresh prefix of keys for this start. Process 0 makes it and sends it to each process that says hello, until all
     have it; an answer to a process of an earlier start, which has ended, does no harm."""

@@ -184,6 +184,8 @@ def measure(
     for net, _, _ in members:
         accelerate(net)
     loader = Loader(store, split, device, workers=default_workers(device))
+    if trouble := loader.shared_memory_trouble(batch_size):
+        print(f"warning: {trouble}", file=sys.stderr)
     sums, found = torch.zeros(3, dtype=torch.float64, device=device), []
     for images, labels in loader.in_order(batch_size):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

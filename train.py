@@ -99,7 +99,9 @@ def fit(run: Training, watch: Watch) -> int:
     if args.skip_bad_records:
         replaced_records(run, watch, train, val)  # splits on the device have been read by now
     inputs = training_inputs(args, run.store, device)
-    watch.warn(train.shared_memory_trouble(args.batch_size * args.image_size**2 * 3))
+    here = processes.on_this_machine()
+    watch.warn(val.shared_memory_trouble(args.batch_size, processes=here)  # whole pictures, not crops
+               or train.shared_memory_trouble(args.batch_size // watch.world, args.image_size, here))
     model = run.net if watch.world == 1 else DistributedDataParallel(run.net, gradient_as_bucket_view=True)
     if args.compile:
         model = torch.compile(model)

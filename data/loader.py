@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from data.augment import EpochTables, random_crops, upload
 from data.store import Crops, Store
 from utils import UserError, one_line
 
-AHEAD = 2  # batches that each worker has ready
+AHEAD, IN_USE = 2, 2  # batches that each worker has ready; that the loop may hold besides
 SHARED = Path("/dev/shm")  # by way of it workers hand over their batches
 RESIDENT_BYTES = 1_000_000_000  # a split of at most this size is kept on the device, whole
 
@@ -74,14 +75,18 @@ class Loader:
             raise UserError(f"{self.records.path}: more than {self.skip_bad} damaged records in {self.split}, picture "
                             f"{index} the first ({reason}); copy or pack the store again, or raise --skip-bad-records")
 
-    def shared_memory_trouble(self, batch_bytes: int) -> str:
-        """What to tell a user where the batches that its workers hand over may not fit into /dev/shm; "" otherwise."""
+    def shared_memory_trouble(self, pictures: int, size: int = 0, processes: int = 1) -> str:
+        """What to tell a user where batches of so many pictures, crops of `size` pixels or whole ones, may not fit into
+        /dev/shm, by which the workers of each process on this machine hand them over; "" otherwise."""
         if self.resident or not self.workers or not SHARED.is_dir():
             return ""
-        needed, free = AHEAD * self.workers * batch_bytes, shutil.disk_usage(SHARED).free
+        height, width, channels = self.records.shape
+        batch = pictures * (size or height) * (size or width) * channels
+        needed, free = processes * (AHEAD * self.workers + IN_USE) * batch, shutil.disk_usage(SHARED).free
         return "" if needed < free else (
-            f"{self.workers} workers need {needed / 1e6:,.0f} MB of {SHARED} and {free / 1e6:,.0f} MB are free: take "
-            "fewer --workers, or in a container a larger --shm-size"
+            f"{processes * self.workers} workers that read {self.split} need {needed / 1e6:,.0f} MB of {SHARED} and "
+            f"{free / 1e6:,.0f} MB are free: in a container take a larger --shm-size; or else fewer --workers, or a "
+            "smaller --batch-size"
         )
 
     def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -173,6 +178,13 @@ def _as_is(batch):
     return batch
 
 
+def _end(error: Exception, _batch) -> None:
+    """End a worker that cannot hand over a batch, /dev/shm being full: multiprocessing would print a traceback and go
+    on, and the loop wait for that batch for ever."""
+    os.write(2, f"error: a process that reads pictures cannot hand over a batch: {one_line(error)}\n".encode())
+    os._exit(1)
+
+
 def _start_worker(_: int) -> None:
     import cv2
 
@@ -180,6 +192,7 @@ def _start_worker(_: int) -> None:
     # Ctrl-C, and the SIGTERM of timeout or of a job scheduler, go to the whole process group. Workers leave it: the
     # training loop decides when they end, and they must not end before its last batch.
     os.setpgrp()
+    Queue._on_queue_feeder_error = staticmethod(_end)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

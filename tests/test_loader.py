@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from helpers import damage
 
 from data.augment import epoch_tables
-from data.loader import RESIDENT_BYTES, SHARED, Loader, default_workers, machine_errors
+from data.loader import RESIDENT_BYTES, Loader, default_workers, machine_errors
 from data.store import Store
 from utils import UserError
 
@@ -168,12 +169,40 @@ def test_memory_that_runs_out_is_one_line(error):
         raise RuntimeError("a bug")
 
 
-def test_too_little_shared_memory_is_told(store):
-    """Two batches ahead for each worker; no word where there are no workers, or nothing to stream."""
-    free = shutil.disk_usage(SHARED).free
+def test_too_little_shared_memory_is_told(store, monkeypatch):
+    """Two batches ahead for each worker of each process, and two in use; no word where there are no workers, or nothing
+    to stream."""
     streamed = Loader(store, "train", workers=3, resident=False)
-    assert streamed.shared_memory_trouble(free // 7) == ""
-    assert re.fullmatch(r"3 workers need .* MB of /dev/shm and .* MB are free: .* --shm-size",
-                        streamed.shared_memory_trouble(free // 5))
-    assert Loader(store, "train", workers=3).shared_memory_trouble(free) == ""
-    assert Loader(store, "train", resident=False).shared_memory_trouble(free) == ""
+    tables = epoch_tables(0, 0, len(streamed), 72 - 64)
+    whole, crops = (next(Loader(store, "train", resident=False).batches([np.arange(24)], *how))[0].numel()
+                    for how in ((), (tables, 64)))
+    for batch, how in ((whole, {}), (crops, {"size": 64}), (4 * whole, {"processes": 4})):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=8 * batch + 1: SimpleNamespace(free=free))
+        assert streamed.shared_memory_trouble(24, **how) == ""
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=8 * batch: SimpleNamespace(free=free))
+        assert re.fullmatch(rf"{3 * how.get('processes', 1)} workers that read train need .* MB of /dev/shm and .* MB "
+                            "are free: .* --shm-size; .* --batch-size", streamed.shared_memory_trouble(24, **how))
+    assert Loader(store, "train", workers=3).shared_memory_trouble(10**9) == ""
+    assert Loader(store, "train", resident=False).shared_memory_trouble(10**9) == ""
+
+
+def test_a_batch_that_cannot_be_handed_over_is_one_line(store, monkeypatch, capfd):
+    """As where /dev/shm is full, which shows when a thread of the worker copies the batch there."""
+    class Full:
+        def __reduce__(self):
+            raise RuntimeError("unable to allocate shared memory: No space left on device")
+
+    def hang(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr("data.loader._Batches.__getitems__", lambda *_: Full())
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(60)
+    try:
+        with pytest.raises(UserError, match=r"has ended \(DataLoader worker.*exited"):
+            list(Loader(store, "train", workers=1, resident=False).batches(PLAN))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert re.fullmatch("error: a process that reads pictures cannot hand over a batch: .*: No space left on device\n",
+                        capfd.readouterr().err)

@@ -156,6 +156,16 @@ def test_damaged_records_are_replaced_and_reported(store, tmp_path, capsys, monk
     assert load(tmp_path / "d" / "last.pt")["step"] == 0  # resident: all were read before the first step
 
 
+def test_too_little_shared_memory_is_told_before_the_first_step(store, tmp_path, monkeypatch, capsys):
+    """Of the whole pictures of validation; of the crops of training where only these are streamed."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
+    for least, split, batch in ((0, "val", 16 * 72 * 72 * 3), (30 * 72 * 72 * 3, "train", 16 * 64 * 64 * 3)):
+        monkeypatch.setattr("data.loader.RESIDENT_BYTES", least)
+        assert run(store, tmp_path / split, "--max-steps", "1", "--workers", "1") == 0
+        told = f"warning: 1 workers that read {split} need {4 * batch / 1e6:,.0f} MB of /dev/shm and 0 MB are free"
+        assert told in capsys.readouterr().err
+
+
 def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
     """What timeout and job schedulers do: every process of the group gets the signal."""
     process = streaming(store, tmp_path / "run")
