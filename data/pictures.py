@@ -241,8 +241,11 @@ def _refuse_unscaled(picture: Image.Image) -> None:
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers on no known scale")
     tags = getattr(picture, "tag_v2", {})
-    if tags.get(SAMPLES) == (2,) and tags.get(BITS) == (16,):
+    if tags.get(SAMPLES) == (2,) and tags.get(BITS) in ((8,), (16,)):
         raise ValueError("its pixels are signed numbers on no known scale")
+    low, high = picture.getextrema() if picture.mode == "I" else (0, 0)
+    if low < 0 or high > 65535:
+        raise ValueError("its pixels are 32-bit numbers on no known scale")
 
 
 def _convert(picture: Image.Image, channels: int) -> np.ndarray:
