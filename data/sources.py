@@ -40,6 +40,7 @@ CIFAR_BINARY = {
 }
 SMALL_HDF5 = 2**28  # bytes of a dataset that is read at once
 MOST_CHUNK = 2**28  # bytes of a chunk, or a picture: they are unpacked whole
+CHUNK_CACHE = 2**26  # bytes of unpacked chunks that a process keeps
 
 
 class Unavailable(UserError):
@@ -278,10 +279,13 @@ class Rows(Sequence):
 
 @lru_cache(maxsize=1)
 def _dataset(path: Path, name: str, process: int):
-    """A dataset, opened once a process (HDF5 does not survive a fork) and kept with the chunk that it has unpacked."""
+    """A dataset, opened once a process (HDF5 does not survive a fork) and kept with the chunks that it has unpacked,
+    one at least: HDF5 would unpack one that is larger than its cache anew for every picture."""
     import h5py
 
-    return h5py.File(path, "r", rdcc_nbytes=64 << 20)[name]
+    with h5py.File(path, "r") as file:
+        chunk = math.prod(file[name].chunks or (1,)) * file[name].dtype.itemsize
+    return h5py.File(path, "r", rdcc_nbytes=max(CHUNK_CACHE, chunk))[name]
 
 
 def _hdf5(path: Path, name: str) -> Source:

@@ -366,6 +366,19 @@ def test_hdf5_files_that_claim_too_much_or_lead_outside_are_refused(tmp_path):
     assert sources.find(hostile_hdf5(tmp_path / "sound.h5")).classes == ["a", "b"]
 
 
+def test_a_large_chunk_of_hdf5_is_unpacked_once(tmp_path, monkeypatch):
+    """HDF5 keeps no chunk that is larger than its cache."""
+    monkeypatch.setattr(sources, "SMALL_HDF5", 0)
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("train/images", data=pictures(8, (40, 40, 3)), chunks=(8, 40, 40, 3), compression="gzip")
+    for least, cache in ((10**4, 8 * 40 * 40 * 3), (10**5, 10**5)):
+        monkeypatch.setattr(sources, "CHUNK_CACHE", least)
+        sources._dataset.cache_clear()
+        assert sources._dataset(path, "train/images", 0).id.get_access_plist().get_chunk_cache()[1] == cache
+    sources._dataset.cache_clear()
+
+
 def test_hdf5_that_leads_its_library_in_circles_ends_with_one_line(tmp_path):
     """Names in a heap whose first object takes no room: libhdf5 looks for the second one for ever."""
     path = Path(hostile_hdf5(tmp_path / "a.h5"))
