@@ -135,6 +135,7 @@ def main(argv=None) -> int:
         raise UserError("--tables prints all rows and takes no names")
     rows = {name: ROWS[name] for name in args.rows or ROWS}
     if not args.tables:
+        utils.no_tf32()
         device = pick_device(args.device)
         precision = options.settled_precision(args.precision, device)
         for seed in range(max(row.seeds for row in rows.values())):
@@ -265,7 +266,6 @@ def test_together(name: str, row: Row, device: torch.device, precision: str) -> 
     """All nets of a row as one model, ten crops; nothing while one is missing."""
     machine = machine_of(device, precision)
     places = [folder(name, seed, machine) for seed in range(row.seeds)]
-    utils.no_tf32()
     with suppress(Busy), locked(places[0]):
         if together(name, machine) is not None or len(sound(finished(name)[machine])) < row.seeds:
             return
