@@ -97,8 +97,7 @@ def _wrong_part(manifest: dict) -> str | None:
         "unlabelled": words(manifest["unlabelled"]),
         "skipped or repaired": isinstance(manifest["skipped"], list) and isinstance(manifest["repaired"], dict),
         "channel_mean": numbers(manifest["channel_mean"], colours),
-        "pca": pca is None or (isinstance(pca, dict) and numbers(pca.get("eigenvalues"), 3)
-                               and numbers(pca.get("eigenvectors"), 3, 3)),
+        "pca": isinstance(pca, dict) and numbers(pca.get("eigenvalues"), 3) and numbers(pca.get("eigenvectors"), 3, 3),
     }
     return next((name for name, right in checks.items() if not right), None)
 

@@ -329,7 +329,7 @@ def test_damaged_records_are_replaced_where_that_is_wanted(copy):
     ("shards", {"train": [{"folder": "..", "first": 0, "count": 1}]}), ("shards", {"train": [{"first": 0}]}),
     ("shards", {"train": [{"folder": "train-00000", "first": 0, "count": 10**12}]}), ("shards", []),
     ("channel_mean", [1]), ("channel_mean", [float("nan")] * 3), ("pca", {"eigenvalues": "x"}), ("wnids", ["n1"]),
-    ("unlabelled", "test"), ("name", 3), ("skipped", None),
+    ("pca", None), ("unlabelled", "test"), ("name", 3), ("skipped", None),
 ])
 def test_what_cannot_be_right_in_a_manifest_is_named(copy, part, value):
     edit_manifest(copy, **{part: value})
