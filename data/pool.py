@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import get_context, parent_process
 
 from data.loader import lacks_memory
 from utils import UserError, one_line
@@ -18,10 +18,9 @@ from utils import UserError, one_line
 @contextmanager
 def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """So many processes, all of them started. Raises UserError where one of them was killed, or memory ran out."""
-    # Forked workers start at once and do not import the calling script again; elsewhere the system's own way.
-    context = get_context("fork" if "fork" in get_all_start_methods() else None)
     try:
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        # Forked workers start at once and do not import the calling script again.
+        with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_start_worker) as pool:
             pool.submit(os.getpid).result()  # the fork is now, while no LMDB environment is open that it would inherit
             yield pool
     except BrokenProcessPool:

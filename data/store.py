@@ -4,6 +4,7 @@ Reading does not import torch, and lmdb, cv2 and simplejpeg are imported where t
 """
 
 import os
+import shlex
 import shutil
 import struct
 import zlib
@@ -249,8 +250,8 @@ class Records:
                     if error:
                         raise UserError(
                             f"{self.path}: picture {start + place} ({self.folders[shard]}, key {before + place}): "
-                            f"{error}; copy or pack the store again (python -m data.pack --verify {self.path} checks "
-                            "all of it)"
+                            f"{error}; copy or pack the store again (python -m data.pack --verify "
+                            f"{shlex.quote(str(self.path))} checks all of it)"
                         ) from None
 
     def _check_fit(self, shape: tuple[int, int, int], label: int) -> None:

@@ -12,6 +12,7 @@ is left out, and the page says why: of a run of studies.frelu there are its sett
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def result(run: Run) -> str:
     drawn = "" if count == counts[run.split] else f" of {counts[run.split]:,}, drawn by --seed {run.seed}"
     return (page.table(None, lines) +
             page.paragraph(f"On {count:,} pictures{drawn} of the {run.split} split, centre crop: {', '.join(said)}.") +
-            f"<pre>{page.escape(f'python test.py {shown(run.path)}/best.pt')}</pre>\n")
+            f"<pre>{page.escape(f'python test.py {shlex.quote(shown(run.path))}/best.pt')}</pre>\n")
 
 
 # ---------------------------------------------------------------------------------------------- over epochs

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import sources
-from utils import run_script
+from utils import Parser, run_script
 
 PER_CLASS = {"train": 600, "val": 100, "test": 100}
 SEED = 2012
@@ -18,7 +18,9 @@ SEED = 2012
 def main(argv=None) -> int:
     import h5py
 
-    out = Path(argv[0]) if argv else sources.SAMPLE
+    parser = Parser(prog="python -m data.sample.make", description="Make the bundled sample of Fashion-MNIST.")
+    parser.add_argument("file", nargs="?", type=Path, default=sources.SAMPLE, help="default: where it is read from")
+    out = parser.parse_args(argv).file
     source = sources.find("fashion-mnist")
     with h5py.File(out, "w") as file:
         file.attrs["classes"] = source.classes
