@@ -117,6 +117,8 @@ class Loader:
             collate_fn=_as_is,
             pin_memory=cuda,
             worker_init_fn=_start_worker,
+            # From Python 3.14 on each would import torch anew, for every epoch, and not hold the run's lock.
+            multiprocessing_context="fork" if self.workers else None,
             prefetch_factor=AHEAD if self.workers else None,
         )
         iterator = iter(streamed)

@@ -1,5 +1,6 @@
 """data/loader.py: the same batches however they are read."""
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -146,6 +147,22 @@ def test_a_checksum_is_compared_when_a_record_is_read_first(store, tmp_path, wor
     assert len(list(loader.batches(plan))) == 4
     with pytest.raises(UserError, match="picture 50 "):
         list(loader.batches([np.arange(96)]))
+
+
+def test_workers_are_forked_whatever_pythons_default_is(store, monkeypatch):
+    """A function made here reaches none that starts otherwise."""
+    def refuse(*_, **__):
+        raise UserError("in a fork")
+
+    loader = Loader(store, "train", workers=1, resident=False)
+    monkeypatch.setattr(loader.records, "read", refuse)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        with pytest.raises(UserError, match=r"^in a fork$"):
+            list(loader.batches(PLAN))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_a_worker_that_is_killed_is_one_line(store, monkeypatch):
