@@ -145,7 +145,7 @@ def test_figure_1_with_another_initialisation_and_divided_pixels_is_a_race_of_it
 def test_the_guides_have_figure_1s_tables_and_ratios():
     """results/README.md has the tables as they are; it and REPRODUCTION.md have the ratios."""
     out, shown = ROOT / "results" / "figure1.jsonl", (ROOT / "results" / "README.md").read_text()
-    for more in ([], ["--init", "pytorch", "--pixels", "divided"]):
+    for more in ([], ["--init", "pytorch"], ["--init", "pytorch", "--pixels", "divided"]):
         args = figure1.make_parser().parse_args(["--precision", "bf16", *more])
         args.out = out
         table, ratios = figure1.report(args).split("\n\n")
