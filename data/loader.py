@@ -84,9 +84,9 @@ class Loader:
         batch = pictures * (size or height) * (size or width) * channels
         needed, free = processes * (AHEAD * self.workers + IN_USE) * batch, shutil.disk_usage(SHARED).free
         return "" if needed < free else (
-            f"{processes * self.workers} workers that read {self.split} need {needed / 1e6:,.0f} MB of {SHARED} and "
-            f"{free / 1e6:,.0f} MB are free: in a container take a larger --shm-size; or else fewer --workers, or a "
-            "smaller --batch-size"
+            f"to read {self.split} with {processes * self.workers} --workers takes {needed / 1e6:,.0f} MB of {SHARED}, "
+            f"of which {free / 1e6:,.0f} MB are free: in a container take a larger --shm-size; or else fewer "
+            "--workers, or a smaller --batch-size"
         )
 
     def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

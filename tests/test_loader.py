@@ -197,8 +197,9 @@ def test_too_little_shared_memory_is_told(store, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=8 * batch + 1: SimpleNamespace(free=free))
         assert streamed.shared_memory_trouble(24, **how) == ""
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=8 * batch: SimpleNamespace(free=free))
-        assert re.fullmatch(rf"{3 * how.get('processes', 1)} workers that read train need .* MB of /dev/shm and .* MB "
-                            "are free: .* --shm-size; .* --batch-size", streamed.shared_memory_trouble(24, **how))
+        told = (rf"to read train with {3 * how.get('processes', 1)} --workers takes .* MB of /dev/shm, of which .* MB "
+                "are free: .* --shm-size; .* --batch-size")
+        assert re.fullmatch(told, streamed.shared_memory_trouble(24, **how))
     assert Loader(store, "train", workers=3).shared_memory_trouble(10**9) == ""
     assert Loader(store, "train", resident=False).shared_memory_trouble(10**9) == ""
 

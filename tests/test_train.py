@@ -162,7 +162,7 @@ def test_too_little_shared_memory_is_told_before_the_first_step(store, tmp_path,
     for least, split, batch in ((0, "val", 16 * 72 * 72 * 3), (30 * 72 * 72 * 3, "train", 16 * 64 * 64 * 3)):
         monkeypatch.setattr("data.loader.RESIDENT_BYTES", least)
         assert run(store, tmp_path / split, "--max-steps", "1", "--workers", "1") == 0
-        told = f"warning: 1 workers that read {split} need {4 * batch / 1e6:,.0f} MB of /dev/shm and 0 MB are free"
+        told = f"warning: to read {split} with 1 --workers takes {4 * batch / 1e6:,.0f} MB of /dev/shm, of which 0 MB"
         assert told in capsys.readouterr().err
 
 
