@@ -13,13 +13,15 @@ from data.pictures import printable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPING = b"stopping; a second signal ends the process at once, without a checkpoint\n"
+ONE_STOP = 1.0  # seconds within which several signals are one: a shutdown sends SIGTERM and SIGHUP, a closed terminal
+# SIGHUP twice
 LOOK_EVERY = 20  # steps between looks at the loss; each look waits for the device
 
 
 class Watch:
     """In a with statement SIGTERM, Ctrl-C, SIGUSR1 (preemption) and SIGHUP (its terminal is gone; not under nohup) are
-    noted, so that the loop stops in good order; a second signal ends the process at once. rank, world: of the process,
-    as processes.join() gives them; the first one alone says anything."""
+    noted, so that the loop stops in good order; a second signal, after ONE_STOP, ends the process at once. rank, world:
+    of the process, as processes.join() gives them; the first one alone says anything."""
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1):
         self.device, self.rank, self.world, self.received, self.warned = device, rank, world, 0, set()
@@ -36,8 +38,10 @@ class Watch:
 
     def _note(self, number, _frame) -> None:
         if self.received not in (0, signal.SIGPIPE):
-            os._exit(128 + number)
-        self.received = number
+            if time.monotonic() - self.noted > ONE_STOP:
+                os._exit(128 + number)
+            return
+        self.received, self.noted = number, time.monotonic()
         if self.rank == 0:
             with suppress(OSError):
                 os.write(2, STOPPING)  # not by print(), which the signal may have interrupted

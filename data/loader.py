@@ -134,6 +134,8 @@ class Loader:
         finally:
             if self.workers:  # now and in good order: at the exit of the process torch complains of what is left
                 iterator._shutdown_workers()
+                for worker in iterator._workers:
+                    worker.kill()  # one that has not ended within torch's 5 seconds: it ignores SIGTERM
 
 
 @contextmanager
@@ -191,10 +193,11 @@ def _start_worker(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # one thread a worker; OpenCV would start one for every core
-    # Ctrl-C, and the SIGTERM of timeout or of a job scheduler, go to the whole process group. Workers leave it: the
-    # training loop decides when they end, and they must not end before its last batch.
+    # Ctrl-C, and the SIGTERM of timeout or of a job scheduler, go to the whole process group, those of systemd and of a
+    # shutdown to all processes. Workers leave the one and ignore the others: the training loop decides when they end,
+    # and they must not end before its last batch. Where it ends without a word, torch's watchdog ends them.
     os.setpgrp()
     Queue._on_queue_feeder_error = staticmethod(_end)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

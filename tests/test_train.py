@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import types
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,13 +168,31 @@ def test_too_little_shared_memory_is_told_before_the_first_step(store, tmp_path,
         assert told in capsys.readouterr().err
 
 
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def ignores(process: int, number: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+        return bool(int(lines["SigIgn"], 16) >> (number - 1) & 1)
+    return False
+
+
 def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
-    """What timeout and job schedulers do: every process of the group gets the signal."""
+    """What timeout and job schedulers do: every process of the group gets the signal. And what systemd and a shutdown
+    do: so do the processes that read, which are no longer in it, and SIGHUP follows at once."""
     process = streaming(store, tmp_path / "run")
     for line in process.stdout:
         if line.startswith("epoch"):
             break
+    while len(reading := [pid for pid in children(process.pid) if ignores(pid, signal.SIGTERM)]) < 2:
+        assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        for pid in (*reading, process.pid):
+            with suppress(ProcessLookupError):  # an epoch's end is one of its readers, too
+                os.kill(pid, number)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (143, STOPPING.decode())
     assert load(tmp_path / "run" / "last.pt")["step"] > 6
@@ -198,6 +218,18 @@ def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status)
     resume(tmp_path / "run")
     assert_same_state(tmp_path / "run", two_epochs)
     assert numbers(tmp_path / "run") == numbers(two_epochs)
+
+
+def test_signals_that_come_together_are_one_and_a_later_one_ends_the_process():
+    hear = ("import os, signal, time, torch, watch\n"
+            "with watch.Watch(torch.device('cpu')) as seen:\n"
+            "    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP): os.kill(os.getpid(), number)\n"
+            "    print(seen.received, flush=True)\n"
+            "    time.sleep(watch.ONE_STOP + 0.1)\n"
+            "    os.kill(os.getpid(), signal.SIGHUP)\n"
+            "    print('not this')")
+    done = subprocess.run([sys.executable, "-c", hear], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (129, "15\n", STOPPING.decode())
 
 
 @pytest.mark.parametrize("which", ["first", "last"])
