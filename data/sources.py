@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -40,7 +41,7 @@ CIFAR_BINARY = {
 }
 SMALL_HDF5 = 2**28  # bytes of a dataset that is read at once
 MOST_CHUNK = 2**28  # bytes of a chunk, or a picture: they are unpacked whole
-CHUNK_CACHE = 2**26  # bytes of unpacked chunks that a process keeps
+CHUNK_CACHE = 2**26  # bytes of unpacked chunks that a process keeps, and of pictures that it reads at once
 
 
 class Unavailable(UserError):
@@ -256,8 +257,9 @@ def _unreachable(url: str) -> str:
 
 
 class Rows(Sequence):
-    """Pictures `start` to `stop` of a dataset of an HDF5 file, (N, H, W[, 3]) uint8, read one at a time when they are
-    wanted, by any process."""
+    """Pictures `start` to `stop` of a dataset of an HDF5 file, (N, H, W[, 3]) uint8, read when they are wanted, by any
+    process, with those that follow: h5py's own chunks go through thousands of pictures, a few pixels of each, and all
+    that cross a picture would be unpacked anew for every one."""
 
     def __init__(self, path: Path, name: str, start: int, stop: int):
         self.path, self.name, self.start, self.stop = path, name, start, stop
@@ -272,9 +274,20 @@ class Rows(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
-            return _dataset(self.path, self.name, os.getpid())[self.start + index]
+            data = _dataset(self.path, self.name, os.getpid())
+            together = max(1, CHUNK_CACHE // math.prod(data.shape[1:]))
+            first = self.start + index - index % together
+            last = min(first + together, self.stop)
+            with suppress(OSError):  # this picture may be whole where another one is not
+                return _rows(self.path, self.name, first, last, os.getpid())[index % together]
+            return data[self.start + index]
         except (OSError, RuntimeError) as error:
             raise UserError(f"{self.name} {self.start + index} cannot be read ({one_line(error)})") from None
+
+
+@lru_cache(maxsize=1)
+def _rows(path: Path, name: str, start: int, stop: int, process: int) -> np.ndarray:
+    return _dataset(path, name, process)[start:stop]
 
 
 @lru_cache(maxsize=1)

@@ -379,6 +379,31 @@ def test_a_large_chunk_of_hdf5_is_unpacked_once(tmp_path, monkeypatch):
     sources._dataset.cache_clear()
 
 
+def test_chunks_of_hdf5_that_go_through_many_pictures_are_unpacked_once_a_block(tmp_path, monkeypatch):
+    """h5py's own do. A picture that can't be read takes no other one with it."""
+    monkeypatch.setattr(sources, "SMALL_HDF5", 0)
+    monkeypatch.setattr(sources, "CHUNK_CACHE", 6 * 40 * 40 * 3)
+    images = pictures(20, (40, 40, 3))
+    path = hostile_hdf5(tmp_path / "x.h5", images=lambda f, n: f.create_dataset(n, data=images, chunks=(20, 4, 4, 1)))
+    part = sources.find(path).splits["train"].pictures[3:17]
+    read, real = [], h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda self, index: read.append(index) or real(self, index))
+    assert all(np.array_equal(part[i], images[3 + i]) for i in range(14))
+    assert read == [slice(3, 9), slice(9, 15), slice(15, 17)]
+
+    def torn(self, index):
+        if isinstance(index, slice) or index == 5:
+            raise OSError("no")
+        return real(self, index)
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", torn)
+    sources._rows.cache_clear()
+    assert np.array_equal(part[1], images[4])
+    with pytest.raises(UserError, match=r"train/images 5 cannot be read \(no\)"):
+        part[2]
+    sources._dataset.cache_clear()
+
+
 def test_hdf5_that_leads_its_library_in_circles_ends_with_one_line(tmp_path):
     """Names in a heap whose first object takes no room: libhdf5 looks for the second one for ever."""
     path = Path(hostile_hdf5(tmp_path / "a.h5"))
