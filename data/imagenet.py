@@ -5,6 +5,7 @@ LOC_val_solution.csv gives wnids. Labels are places in the sorted list of wnids 
 """
 
 import csv
+import errno
 import io
 import re
 import tarfile
@@ -36,7 +37,10 @@ def is_kaggle(root: Path) -> bool:
 
 
 def is_official(root: Path) -> bool:
-    return (root / TRAIN_TAR).is_file() or (root / VAL_TAR).is_file()
+    """Whether ROOT has one of the tar files, and all that is needed of them or no tree of the same pictures."""
+    tars = [(root / name).is_file() for name in (TRAIN_TAR, VAL_TAR)]
+    tree = all((root / name).is_dir() and subfolders(root / name) for name in ("train", "val"))
+    return any(tars) and (not tree or (all(tars) and any(root.glob(KIT))))
 
 
 # ---------------------------------------------------------------------------------------------- Kaggle
@@ -278,4 +282,6 @@ def _members(what, file, start: int, size: int) -> Iterator[tuple[str, int, int]
             if tar.fileobj.read(512) != bytes(512):
                 raise damaged
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        raise error if isinstance(error, UserError) else damaged from None
+        if isinstance(error, UserError) or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE):
+            raise  # the disk's fault, not the tar's
+        raise damaged from None

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ROOT
+from PIL import Image
 
 import test as testing
 from benchmarks.faults import imagenet_files as small
@@ -278,6 +279,19 @@ def test_the_unpacked_kit_and_the_path_of_a_tar_will_do(places, tmp_path):
     wnids, numbers = imagenet.development_kit(root)
     assert [wnids[number] for number in numbers] == [small.WNIDS[label] for label in small.val_labels()]
     assert np.array_equal(sources.find(str(root)).splits["val"].labels, packed.splits["val"].labels)
+
+
+def test_a_tar_that_was_left_over_does_not_hide_the_tree(places, tmp_path):
+    """Its pictures were unpacked next to it, as torchvision's ImageNet does, and the other tar removed for its size."""
+    root = copied(places, "official", tmp_path)
+    (root / imagenet.TRAIN_TAR).unlink()
+    with pytest.raises(UserError, match=f"has no {imagenet.TRAIN_TAR}"):
+        sources.find(str(root))
+    for split in ("train", "val"):
+        for wnid in small.WNIDS[:2]:
+            (root / split / wnid).mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(root / split / wnid / f"{wnid}_{split}.JPEG")
+    assert {split: len(part.labels) for split, part in sources.find(str(root)).splits.items()} == {"train": 2, "val": 2}
 
 
 def test_a_long_tar_needs_no_object_for_each_picture(places):
