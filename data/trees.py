@@ -6,6 +6,7 @@ Caffe's list of synsets and in every published checkpoint.
 
 import hashlib
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,7 @@ def image_folder(root: Path, val: float | None = None) -> Source:
     folders = {split: _folder_of(root, split) for split in FOLDERS}
     if not any(folders.values()) and subfolders(root):
         folders["train"] = root
+        _refuse_splits_as_classes(root)
     if folders["train"] is None:
         names = " and ".join(f"{folder.name}/" for folder in folders.values() if folder)
         besides = f", but {names} (a class cannot be called so; rename it)" if names else ""
@@ -171,6 +173,16 @@ def image_folder(root: Path, val: float | None = None) -> Source:
         else:
             splits[split] = labelled_folders(folder, classes)
     return file_source(root.resolve().name, classes, splits)
+
+
+def _refuse_splits_as_classes(root: Path) -> None:
+    """Raise UserError where folders are called like seg_train and seg_test: the net would learn which is which."""
+    words = {name: set(re.findall("[a-z]+", name.lower())) for name in subfolders(root)}
+    found = {split: [name for name in words if words[name] & set(FOLDERS[split])] for split in FOLDERS}
+    for split in ("val", "test"):
+        if found["train"] and found[split]:
+            raise UserError(f"{root}: {found['train'][0]}/ and {found[split][0]}/ are called like splits, not like "
+                            f"classes; rename them to train/ and {split}/, with the class folders in them")
 
 
 def _refuse_other_classes(folder: Path, found: list[str], train: Path, classes: list[str]) -> None:
@@ -216,19 +228,37 @@ def name_share(member: str) -> float:
 
 def first_of_identical(folder: Path, members: list[str]) -> list[int]:
     """For each file the place of the first, by name, with the same bytes; most are their own. Only files of the same
-    size are read, and none that the packer would refuse."""
-    first, sizes = list(range(len(members))), {}
-    for i, member in enumerate(members):
-        with suppress(OSError):  # told, and left out, when it is packed
-            status = os.stat(os.path.join(folder, member))
-            if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
-                sizes.setdefault(status.st_size, []).append(i)
-    for same in sizes.values():
-        contents = {}
-        for i in sorted(same, key=members.__getitem__) if len(same) > 1 else ():
-            with suppress(OSError), open(os.path.join(folder, members[i]), "rb") as file:
-                first[i] = contents.setdefault(hashlib.file_digest(file, "blake2b").digest(), i)
+    size and end are read whole, and none that the packer would refuse."""
+
+    def size(path):
+        status = os.stat(path)
+        return status.st_size if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES else None
+
+    def end(path):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            return file.read(4096)
+
+    def whole(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+
+    first, alike = list(range(len(members))), [sorted(range(len(members)), key=members.__getitem__)]
+    for key in (size, end, whole):
+        alike = [same for group in alike for same in _by(key, folder, members, group)]
+    for same in alike:
+        for i in same:
+            first[i] = same[0]
     return first
+
+
+def _by(key, folder: Path, members: list[str], group: list[int]) -> list[list[int]]:
+    """The members of a group with the same key, where there are several."""
+    found = {}
+    for i in group:
+        with suppress(OSError):  # told, and left out, when it is packed
+            found.setdefault(key(os.path.join(folder, members[i])), []).append(i)
+    return [same for value, same in found.items() if value is not None and len(same) > 1]
 
 
 def _expected(root: Path) -> str:

@@ -157,6 +157,18 @@ def test_a_folder_of_class_folders_gives_a_part_for_validation(classes, capsys):
     assert 60 <= len(half["val"]) <= 100
 
 
+@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("Train images", "validation-images")])
+def test_splits_that_are_called_otherwise_are_not_taken_for_classes(classes, names):
+    os.rename(classes / "cat", classes / "steam train")
+    sources.find(str(classes))
+    os.rename(classes / "steam train", classes / "cat")
+    for old, new in zip(("cat", "big dog"), names, strict=True):
+        os.rename(classes / old, classes / new)
+    wanted = f"{names[0]}/ and {names[1]}/ are called like splits, .* rename them to train/ and (val|test)/"
+    with pytest.raises(UserError, match=wanted):
+        sources.find(str(classes))
+
+
 def test_train_and_test_without_val(classes, tmp_path, capsys):
     """test/ stays what it is; folders beside train/ or test/ are no classes, and that is said."""
     root = tmp_path / "tree"
