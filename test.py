@@ -47,7 +47,7 @@ def main(argv=None) -> int:
         name_pictures(args, paths, device)
         return 0
     members = [load_member(path, device, args.ten_crop) for path in paths]
-    store = open_store(args, members[0][2])
+    store = open_store(args, paths, members)
     split = choose_split(args, store)
     check_fit(paths, members, store)
     names = store.names(split)
@@ -115,20 +115,23 @@ def checkpoint_paths(args) -> list[Path]:
     return [path]
 
 
-def open_store(args, checkpoint: dict) -> Store:
-    """--data, --dataset, or the store that the checkpoint was trained on."""
+def open_store(args, paths: list, members: list) -> Store:
+    """--data, --dataset, or the store that the first checkpoint was trained on."""
     if args.data:
         return Store(args.data)
     if args.dataset:
         with contextlib.redirect_stdout(sys.stderr):  # a set that has no store is packed, and says so
             return named_store(args.dataset)
-    path = ROOT / checkpoint["store"]
-    if not checkpoint["store"] or not path.is_dir():
+    first = members[0][2]
+    path = ROOT / first["store"]
+    if not first["store"] or not path.is_dir():
         raise UserError("the store that the checkpoint was trained on is not here; name one with --data or --dataset")
     store = Store(path)
-    if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
-        print(f"warning: {shown(path)} was packed anew after this net had been trained; what are validation pictures "
-              "now may have been trained on", file=sys.stderr)
+    for file, (_, _, checkpoint) in zip(paths, members, strict=True):
+        if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
+            why = "was packed anew after" if checkpoint["store"] == first["store"] else "is not the store on which"
+            print(f"warning: {shown(path)} {why} {file} had been trained; what are validation pictures in it may have "
+                  "been trained on", file=sys.stderr)
     return store
 
 

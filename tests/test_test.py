@@ -64,7 +64,16 @@ def test_a_store_that_was_packed_anew_is_told_of(run_folder, tmp_path, capsys):
             del other["fingerprint"]
         checkpoints.save_checkpoint(tmp_path / "other.pt", other)
         assert test.main([str(tmp_path / "other.pt"), "--split", "val"]) == 0
-        assert ("was packed anew after this net had been trained" in capsys.readouterr().err) == told
+        said = f"was packed anew after {tmp_path / 'other.pt'} had been trained; what are validation pictures in it"
+        assert (said in capsys.readouterr().err) == told
+
+
+def test_an_ensemble_whose_nets_had_other_validation_pictures_is_told_of(run_folder, tmp_path, capsys):
+    """Those of the first one's store may be training pictures of the second one."""
+    other = load(run_folder / "best.pt") | {"store": "data/stores/other", "fingerprint": "0" * 64}
+    checkpoints.save_checkpoint(tmp_path / "other.pt", other)
+    assert test.main([str(run_folder / "best.pt"), str(tmp_path / "other.pt"), "--split", "val"]) == 0
+    assert f"is not the store on which {tmp_path / 'other.pt'} had been trained" in capsys.readouterr().err
 
 
 def test_bf16_when_asked_for(run_folder, capsys):
