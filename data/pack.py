@@ -112,6 +112,9 @@ def pack(
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, last - first, first)
         except (BlockingIOError, PermissionError):
             raise UserError(f"another process is packing {out}; wait for it") from None
+        except OSError as error:  # network disks may have no locks
+            raise UserError(f"{job.building}/lock cannot be locked ({error.strerror}), which keeps two processes from "
+                            "packing the same; choose an --out on another disk") from None
         refuse_place(job)
         agree(job)
         try:
@@ -315,6 +318,8 @@ def _describe(job: Job, entries: dict[str, list[dict]]) -> None:
             raise UserError(f"{shard_name('train', number)}.npz is damaged ({type(error).__name__})") from None
     with open(job.store / MEAN, "wb") as file:
         np.save(file, moments.mean().astype(np.float32))
+        file.flush()
+        os.fsync(file.fileno())
     files = {MEAN: file_entry(job.store / MEAN)}
     for split, part in source.splits.items():
         if split != "train" and isinstance(part.pictures, Files):
@@ -371,7 +376,7 @@ def named_store(name: str, download: bool | None = True) -> Store:
         return Store(path)
     if download is None:
         raise UserError(f"there is no store {shown(path)}; make it first: python -m data.pack {name}")
-    return pack(sources.find(name, download), path, workers=len(os.sched_getaffinity(0)))
+    return pack_or_open(sources.find(name, download), path)
 
 
 def store_of(path: Path, size: int | None = None, val: float | None = None) -> Store:
@@ -390,12 +395,17 @@ def store_of(path: Path, size: int | None = None, val: float | None = None) -> S
     for other in sorted(STORES.glob(".*.packing")):
         if other != job.building and unfinished.fullmatch(other.name):
             say(f"{shown(other)} is an unfinished packing of other pictures; remove it unless it is under way")
+    return pack_or_open(source, out, size)
+
+
+def pack_or_open(source, out: Path, size: int | None = None) -> Store:
+    """The new store, or the one that another process has packed there in the meantime."""
     try:
         return pack(source, out, size=size, workers=len(os.sched_getaffinity(0)))
     except UserError:
         if not out.exists():
             raise
-        return Store(out)  # another process has packed it in the meantime
+        return Store(out)
 
 
 def shards_of(source) -> int:

@@ -78,6 +78,7 @@ class File:
             if isinstance(error, UserError):
                 raise
             if isinstance(error, OSError) and error.errno not in NOT_THERE:
+                error.filename = error.filename or self.path  # read() leaves it out
                 raise
             raise UserError(f"{self.name} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

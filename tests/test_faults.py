@@ -26,6 +26,7 @@ from benchmarks.faults import inputs, mutate, training
 from benchmarks.faults.mutate import mutated
 from benchmarks.faults.packing import content
 from data import pack, sources
+from data.pictures import File
 
 KILLS = 20
 PICTURES, ARCHIVES = 240, 60  # mutated ones
@@ -220,6 +221,12 @@ def test_a_disk_that_fails_is_not_the_pictures_fault(tree, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert pack.pack(source, tmp_path / "out", size=64).counts == {"train": 12, "val": 6}
+
+
+def test_a_picture_whose_bytes_the_disk_does_not_give_is_named():
+    """Of the errors of a file, those of read() have no name."""
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
+        File("a.png", "/proc/self/mem", 0, 10).read()
 
 
 def test_a_png_that_claims_to_be_huge(tmp_path):

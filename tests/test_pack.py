@@ -1,5 +1,6 @@
 """data/pack.py: what a store holds, whatever packed it."""
 
+import errno
 import io
 import json
 import os
@@ -186,6 +187,26 @@ def test_two_packers_do_not_disturb_each_other(tmp_path, monkeypatch):
     assert seen[0].returncode == 2
     assert "another process is packing" in seen[0].stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_named_store_that_another_process_has_made_in_the_meantime_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "STORES", tmp_path)
+
+    def find(*_):
+        pack.pack(small_source("sample"), tmp_path / "sample")
+        return small_source("sample")
+
+    monkeypatch.setattr(sources, "find", find)
+    assert pack.named_store("sample").path == tmp_path / "sample"
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pack.fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=r"lock cannot be locked \(No locks available\).* choose an --out on another"):
+        pack.pack(small_source(), tmp_path / "store")
 
 
 def test_shards_of_another_number_that_a_kill_left_are_not_in_the_store(tmp_path, monkeypatch):
