@@ -84,7 +84,7 @@ def resumed(args: Namespace, given: dict) -> Namespace:
         home = ROOT / str(config.get("store"))
         if is_store(home):  # the whole repository was moved, or copied
             stored["data"] = str(home)
-        elif Path(packed_from.get("data", "")).is_dir():  # packed anew: settle() looks whether it is the same
+        elif os.path.exists(packed_from.get("data", "")):  # packed anew: settle() looks whether it is the same
             stored |= packed_from
     if given.get("data") and given["data"] not in (stored.get("data"), packed_from.get("data")):
         if not is_store(Path(given["data"])):

@@ -300,9 +300,13 @@ def load_last(run: Training, device: torch.device) -> str:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit {run.args.out / 'config.json'}: {one_line(error)}") from None
     run.last_is_sound = path.name == LAST
-    return "" if run.last_is_sound else (
+    warnings = [] if run.last_is_sound else [
         f"{run.args.out / LAST} is damaged or missing: this run goes on from {PREVIOUS}, step {run.state.step}"
-    )
+    ]
+    if math.isfinite(run.schedule.best) and not (run.args.out / "best.pt").exists():
+        warnings.append(f"{run.args.out / 'best.pt'} is missing, the net of {run.schedule.best:.2f}%: the next epoch's "
+                        "takes its place, better or not")
+    return "; ".join(warnings)
 
 
 def restored(new: State | Schedule, saved: dict) -> State | Schedule:

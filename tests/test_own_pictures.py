@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_a_run_whose_store_is_gone_packs_its_folder_anew(stores, tmp_path, capsy
     fill(tmp_path / "photos" / "cat", 1, first=500)
     with pytest.raises(UserError, match="another store"):
         resume(tmp_path / "run", "--max-steps", "4")
+
+
+def test_a_run_from_an_h5_file_whose_store_is_gone_packs_it_anew(stores, tmp_path):
+    with h5py.File(tmp_path / "set.h5", "w") as file:
+        file.attrs["classes"] = ["a", "b"]
+        for split in ("train", "val"):
+            file[f"{split}/images"], file[f"{split}/labels"] = pictures(20, (72, 72, 3)), np.arange(20) % 2
+    train.main(["--data", str(tmp_path / "set.h5"), "--out", str(tmp_path / "run"), *SMALL])
+    shutil.rmtree(stores)
+    assert resume(tmp_path / "run", "--max-steps", "2") == 0
 
 
 def test_sizes_and_folders_that_no_store_holds(stores, store, tmp_path):

@@ -407,6 +407,15 @@ def test_a_damaged_last_pt_is_told_and_the_one_before_taken(store, ten_steps, tm
         resume(out, "--max-steps", 12)
 
 
+def test_a_best_pt_that_is_gone_is_told(run_folder, tmp_path, capsys):
+    """last.pt and config.json were copied alone, say."""
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    (out / "best.pt").unlink()
+    resume(out, "--epochs", 2)
+    assert "best.pt is missing, the net of " in capsys.readouterr().err
+    assert load(out / "best.pt")["epoch"] == 2
+
+
 def test_a_run_with_init_goes_on_from_previous_pt_too(store, run_folder, tmp_path, capsys):
     """Whose net is that of the checkpoint; --init's own file may be gone by then."""
     shutil.copy(run_folder / "best.pt", tmp_path / "best.pt")
