@@ -120,7 +120,9 @@ class Run:
             store = Store(path)
         except UserError as error:
             raise LeftOut(f"the store that the run was trained on can't be read: {error}") from None
-        if store.classes != self.checkpoint["classes"] or store.size != self.checkpoint["store_size"]:
+        fingerprint = self.checkpoint.get("fingerprint", store.fingerprint)
+        trained_on = self.checkpoint["classes"], self.checkpoint["store_size"], fingerprint
+        if (store.classes, store.size, store.fingerprint) != trained_on:
             raise LeftOut(f"{shown(path)} is another store than the run was trained on")
         return store
 

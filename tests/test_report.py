@@ -15,11 +15,12 @@ from helpers import run
 
 import checkpoints
 import test
+from checkpoints import load_checkpoint
 from checkpoints.run import read_log
 from data import pack
 from model import AlexNet
 from studies import look, page, report, seen
-from studies.folder import Run
+from studies.folder import LeftOut, Run
 from utils import UserError
 
 
@@ -140,6 +141,11 @@ def test_class_names_stay_text_and_missing_things_are_told(tmp_path):
     text, said = read(tmp_path / "page.html")
     assert "Left out" not in said
     assert "On 21 pictures of the val split" in said
+    anew = load_checkpoint(out / "best.pt") | {"fingerprint": "0" * 64}  # whose validation pictures may be others
+    (tmp_path / "anew").mkdir()
+    checkpoints.save_checkpoint(tmp_path / "anew" / "best.pt", anew)
+    with pytest.raises(LeftOut, match="is another store than the run was trained on"):
+        Run(tmp_path / "anew").store  # noqa: B018
     assert "<script" not in text
     assert "<script>alert(1)</script>" in said
     assert "\x1b" not in text
