@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from model import LRN_BETA, LRN_SIZE, AlexNet, Dropout, FReLU, LocalResponseNorm, SReLU, wide
+from utils import one_line
 
 try:
     import triton
@@ -152,7 +153,7 @@ def difference(fast: type[nn.Module], **more) -> str:
                 if not (got - right).abs().max() <= SAME[dtype] * right.abs().max():
                     return "is wrong" if dtype == torch.float32 else f"is wrong in {dtype}".replace("torch.", "")
     except Exception as error:  # Triton's compiler, and operators of torch's that it does not document, raise anything
-        return f"fails ({type(error).__name__})"
+        return f"fails ({type(error).__name__}: {one_line(error)[:100]})"
     return ""
 
 
@@ -532,7 +533,9 @@ def compiled(size: int) -> tuple[ctypes.CDLL | None, str]:
     flags = [f"-DAROUND={size // 2}", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
     # gcc's, which compile in 0.4 seconds what -O3 takes 1.1 for, to the same speed; and for compilers without them
     for optimise in (["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"], ["-O3"]):
-        with suppress(OSError, subprocess.SubprocessError, AttributeError), tempfile.TemporaryDirectory() as folder:
+        failures = suppress(OSError, subprocess.SubprocessError, AttributeError)
+        # NFS keeps a file that is loaded, and its folder, whatever is removed
+        with failures, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             built = Path(folder) / "kernels.so"
             command = [*compiler.split(), *optimise, *flags, "-o", str(built), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
