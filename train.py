@@ -449,7 +449,7 @@ def summary(run: Training, entry: dict) -> str:
 def conclusion(run: Training, status: int) -> str:
     state, best, out = run.state, run.schedule.best, shlex.quote(shown(run.args.out))
     less = " without --max-steps," if run.args.max_steps else ""
-    started = f"the same torchrun command{less} with" if processes.number_of_processes() > 1 else "python train.py"
+    started = f"the same torchrun command{less} with" if processes.number_of_processes() > 1 else python("train.py")
     resume = f"{started} --out {out} --resume"
     log = read_log(run.args.out / "log.jsonl")
     replaced = log[-1].get("replaced_records") if log else None
@@ -462,8 +462,13 @@ def conclusion(run: Training, status: int) -> str:
     if not run.schedule.finished and state.epoch < run.args.epochs:
         lines.append(f"go on:   {resume}")
     if "best.pt" in there:
-        lines.append(f"test it: python test.py {out}/best.pt --ten-crop")
+        lines.append(f"test it: {python('test.py')} {out}/best.pt --ten-crop")
     return "\n".join([*lines, *told])
+
+
+def python(script: str) -> str:
+    """The start of a command, as it can be pasted where this one was given."""
+    return f"python {shlex.quote(shown(Path(__file__).parent / script))}"
 
 
 if __name__ == "__main__":
