@@ -194,7 +194,8 @@ def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
             with suppress(ProcessLookupError):  # an epoch's end is one of its readers, too
                 os.kill(pid, number)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (143, STOPPING.decode())
+    assert process.returncode in (143, 129)  # of two that wait Python takes SIGHUP, the lower number, first
+    assert err == STOPPING.decode()
     assert load(tmp_path / "run" / "last.pt")["step"] > 6
 
 
