@@ -215,7 +215,7 @@ def test_a_batch_that_cannot_be_handed_over_is_one_line(store, monkeypatch, capf
 
     monkeypatch.setattr("data.loader._Batches.__getitems__", lambda *_: Full())
     before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(60)
+    signal.alarm(600)
     try:
         with pytest.raises(UserError, match=r"has ended \(DataLoader worker.*exited"):
             list(Loader(store, "train", workers=1, resident=False).batches(PLAN))

@@ -118,6 +118,7 @@ def test_two_units_layer_by_layer():
 
 
 def test_he_initialisation_by_what_goes_out():
+    torch.manual_seed(0)
     for name in ("smallnet", "nin", "resnet110"):
         for layer in build(name).modules():
             if isinstance(layer, nn.Conv2d):

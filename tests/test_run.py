@@ -523,6 +523,9 @@ def test_environment_names_versions_and_hardware():
 @pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
 def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     """New lines of results leave it as it is; any other change to a file that git knows is told."""
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # of a hook that runs the tests
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
     (tmp_path / "results").mkdir()

@@ -412,7 +412,7 @@ def test_hdf5_that_leads_its_library_in_circles_ends_with_one_line(tmp_path):
     content[heap : heap + 16] = bytes(16)
     path.write_bytes(content)
     look = f"from data import guard, sources; guard.LONGEST = 1; sources.find({str(path)!r})"
-    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=300)
     why = "reading it crashed, or did not come to an end in 1 seconds; copy it again"
     assert (done.returncode, done.stderr) == (2, f"error: {path} is damaged: {why}\n")
 

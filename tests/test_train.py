@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from contextlib import suppress
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_a_damaged_record_ends_a_streaming_run(jpeg_store, tmp_path):
     content[bytes(content).index(b"ALX1") + 200] ^= 0xFF
     file.write_bytes(content)
     process = streaming(Store(copy), tmp_path / "run")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 2
     (line,) = err.splitlines()
     assert "the record's checksum does not match" in line
@@ -188,12 +189,13 @@ def test_sigterm_to_the_whole_group_while_streaming(store, tmp_path):
             break
     while len(reading := [pid for pid in children(process.pid) if ignores(pid, signal.SIGTERM)]) < 2:
         assert process.poll() is None
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     for number in (signal.SIGTERM, signal.SIGHUP):
         for pid in (*reading, process.pid):
             with suppress(ProcessLookupError):  # an epoch's end is one of its readers, too
                 os.kill(pid, number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode in (143, 129)  # of two that wait Python takes SIGHUP, the lower number, first
     assert err == STOPPING.decode()
     assert load(tmp_path / "run" / "last.pt")["step"] > 6
@@ -212,7 +214,7 @@ def test_signals_write_a_checkpoint(store, two_epochs, tmp_path, number, status)
         if line.startswith("epoch"):
             break
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (status, STOPPING.decode())
     assert "--resume goes on from there" in out
     assert 6 < load(tmp_path / "run" / "last.pt")["step"] < 12
@@ -291,7 +293,7 @@ def test_a_run_whose_output_nobody_reads_stops_in_good_order(store, tmp_path):
         if line.startswith("epoch"):
             break
     process.stdout.close()
-    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.wait(600) == 128 + signal.SIGPIPE
     assert process.stderr.read() == ""
     state = load(tmp_path / "run" / "last.pt")
     entries = runs.read_log(tmp_path / "run" / "log.jsonl")
