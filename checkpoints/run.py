@@ -371,7 +371,8 @@ def plot_curves(log: list[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6))
+    figure.subplots_adjust(0.08, 0.14, 0.98, 0.96)  # layout="constrained" takes 1.75 times as long, in every epoch
     FigureCanvasAgg(figure)
     epochs = [entry["epoch"] for entry in log]
     drops = [b["epoch"] - 0.5 for a, b in zip(log, log[1:], strict=False) if b["lr"] < a["lr"]]
@@ -382,7 +383,7 @@ def plot_curves(log: list[dict], path: Path) -> None:
         for number, drop in enumerate(drops):
             axes.axvline(drop, color="0.6", ls=":", label=None if number else "learning rate / 10")
         axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     with replacing(path) as file:
