@@ -139,7 +139,7 @@ class Loader:
 
 
 @contextmanager
-def machine_errors():
+def machine_errors(advice: str = "take a smaller --batch-size, or stop what else runs on this device"):
     """A worker that was killed is a UserError, and so is memory that ran out, on a GPU or not. torch raises the first
     wherever the main thread is just then."""
     try:
@@ -150,8 +150,7 @@ def machine_errors():
                             "memory may have run out: take fewer --workers") from None
         if isinstance(error, RuntimeError) and not lacks_memory(error):
             raise
-        raise UserError(f"memory ran out ({one_line(error) or 'MemoryError'}); take a smaller --batch-size, or stop "
-                        "what else runs on this device") from None
+        raise UserError(f"memory ran out ({one_line(error) or 'MemoryError'}); {advice}") from None
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ import checkpoints
 import memory
 from checkpoints.run import Busy, locked
 from data import sources
-from data.loader import Loader
+from data.loader import Loader, machine_errors
 from data.store import Store
 from model import ACTIVATIONS, activation_parameters
 from studies import loop
@@ -33,6 +33,7 @@ EPOCHS = 78
 DROPS = (39, 61)  # epochs of 78 after which the learning rate falls
 
 
+@machine_errors("stop what else runs on this device")
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     out = args.out

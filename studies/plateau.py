@@ -25,7 +25,7 @@ import options
 import utils
 from checkpoints.run import append_line, environment, read_log
 from data import sources
-from data.loader import Loader
+from data.loader import Loader, machine_errors
 from data.pack import named_store
 from data.store import Store
 from kernels import accelerate
@@ -53,6 +53,7 @@ WINDOW = 25  # steps that a reported loss is the mean of
 LEFT = 0.9  # the plateau is left when that mean falls below this part of ln(classes)
 
 
+@machine_errors("stop what else runs on this device")
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device, out = pick_device(args.device), results_file(args.out)

@@ -182,6 +182,8 @@ def test_a_worker_that_is_killed_is_one_line(store, monkeypatch):
 def test_memory_that_runs_out_is_one_line(error):
     with pytest.raises(UserError, match=r"memory ran out \(.*\); take a smaller --batch-size"), machine_errors():
         raise error
+    with pytest.raises(UserError, match=r"memory ran out \(.*\); wait$"), machine_errors("wait"):
+        raise error
     with pytest.raises(RuntimeError, match="a bug"), machine_errors():
         raise RuntimeError("a bug")
 
