@@ -19,7 +19,8 @@ What the ratio hangs on is asked with --init and --pixels, another initialisatio
 is a race of its own, with learning rates of its own.
 
 A finished run is a line in --out and is not run again; one that was stopped, in any way, goes on where its last epoch
-began. Two processes, one for each activation, can share --out. The curves are drawn next to it, with .png.
+began. Two processes, one for each activation, can share --out. The curves are drawn next to it, those of other
+--epochs, --precision, --init and --pixels in a .png of their own.
 """
 
 import itertools
@@ -32,6 +33,7 @@ import checkpoints
 import memory
 import utils
 from checkpoints.run import Busy, append_line, environment, locked, read_log
+from data.loader import machine_errors
 from kernels import accelerate
 from studies.common import interval, new_figure, pixel_std, results_file, save_figure
 from studies.fourlayer import STORED, Pictures, build, load, make_optimizer, save, train_epoch
@@ -49,6 +51,7 @@ KEY = ("activation", "lr", "seed", "epochs", "precision", "init", "pixels")
 EARLIER = {"init": "file", "pixels": "0-255"}  # what lines did not say once
 
 
+@machine_errors("stop what else runs on this device")
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     args.out, device = results_file(args.out), pick_device(args.device)
@@ -63,7 +66,7 @@ def main(argv=None) -> int:
             if watch.received:
                 return 128 + watch.received
     print(report(args))
-    draw(args, args.out.with_name(f"{args.out.stem}{variant(args)}.png"))
+    draw(args, args.out.with_name(f"{args.out.stem}-{args.epochs}-{args.precision}{variant(args)}.png"))
     return 0
 
 

@@ -76,9 +76,14 @@ def test_figure_1_tries_rates_until_the_fastest_is_inside(study, monkeypatch, ca
     assert "\n| relu | not by 10 | not by 20 | 39.69 | 19.85 | 9.92 | **3.97, 3.97** | not by 4 |\n" in printed
     assert "\nReLU is 6.00 times as fast over 2 seeds with which both got there (paper: six times)" in printed
     assert "\nby whole epochs, each counting for its end: ReLU is 5.44 times as fast over 2 seeds" in printed
-    assert out.with_suffix(".png").stat().st_size > 5_000
+    drawing = out.with_name("x-60-fp32.png")
+    drawn = drawing.read_bytes()
+    assert len(drawn) > 5_000
     assert figure1.main(["--seeds", "2", "--out", str(out)]) == 0
     assert len(read_log(out)) == len(found)
+    assert figure1.main(["--activations", "relu", "--seeds", "1", "--epochs", "20", "--out", str(out)]) == 0
+    assert drawing.read_bytes() == drawn  # another race has another drawing
+    assert out.with_name("x-20-fp32.png").exists()
 
 
 def test_figure_1_stops_at_a_signal_and_goes_on_where_its_last_epoch_began(study, monkeypatch, capsys):
@@ -130,7 +135,7 @@ def test_figure_1_with_another_initialisation_and_divided_pixels_is_a_race_of_it
     assert figure1.main([*arguments, "--init", "pytorch", "--pixels", "divided"]) == 0
     others = read_log(study / "x.jsonl")[len(earlier):]
     assert [(e["init"], e["pixels"]) for e in others] == [("pytorch", "divided")]
-    assert (study / "x-pytorch-divided.png").exists()
+    assert (study / "x-1-fp32-pytorch-divided.png").exists()
     assert "not by 1" in capsys.readouterr().out
     net = build(lrn=False, filters=32, init="pytorch")
     for layer, inputs in ((net.conv1, 75), (net.conv2, 1600), (net.local3, 576), (net.local4, 288), (net.fc10, 1152)):
