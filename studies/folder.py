@@ -65,7 +65,7 @@ class Run:
         if not self.arguments or "network" in self.arguments:
             return {}
         found = vars(options.make_parser().parse_args([])) | options.DEFAULTS
-        with suppress(LeftOut):  # fewer pictures and trained weights have others
+        with suppress(LeftOut, UserError):  # fewer pictures and trained weights have others
             found |= options.defaults(Namespace(init=self.arguments.get("init")), self.store)
         return found
 

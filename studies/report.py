@@ -22,6 +22,7 @@ import options
 import test
 import utils
 from checkpoints import describe_net
+from data.loader import machine_errors
 from model import ACTIVATIONS, activation, activation_parameters
 from studies import look, page, seen
 from studies.common import add_key, colours, new_figure, plain
@@ -33,6 +34,7 @@ MISTAKES = 12
 TOLD = {"data", "dataset", "image_size", "precision"}  # elsewhere than among the settings
 
 
+@machine_errors("stop what else runs on this device")
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     utils.no_tf32()
@@ -52,7 +54,7 @@ def main(argv=None) -> int:
         for title, make in sections:
             try:
                 found = make(run)
-            except LeftOut as reason:
+            except (LeftOut, UserError) as reason:  # a damaged file, for one
                 found = page.paragraph(f"Left out: {reason}")
             content += page.section(title, found)
             progress.update(1, title)
@@ -69,7 +71,7 @@ def title_of(run: Run) -> str:
     try:
         kind = "torchvision's alexnet" if run.checkpoint["config"].get("net") == "torchvision" else "AlexNet"
         return f"{name}: {kind}, {run.size} x {run.size} pixels"
-    except LeftOut:
+    except (LeftOut, UserError):
         return f"{name}: {run.arguments['network']}" if "network" in run.arguments else name
 
 

@@ -274,6 +274,18 @@ def test_runs_next_to_each_other(two_columns, tmp_path, drawn):
         report.main([str(here), "--compare", str(tmp_path / "nowhere")])
 
 
+def test_a_damaged_checkpoint_costs_its_sections_not_the_page(store, tmp_path):
+    """Its own, or that of a run beside it, which is read last."""
+    out, other = made_run(store, tmp_path / "run"), write_run(tmp_path / "other", {"dataset": "sample"}, epochs=2)
+    for folder in (out, other):
+        (folder / "best.pt").write_bytes(b"PK no checkpoint")
+    report.main([str(out), "--compare", str(other)])
+    _, said = read(out / "report.html")
+    assert said.count("best.pt") >= 7
+    assert "Next to other runs" in said
+    assert "lowest validation error" in said
+
+
 def test_many_runs_get_a_scale_of_colours(tmp_path, drawn):
     runs = [str(frelu_run(tmp_path / f"run-{number}", 1)) for number in range(25)]
     report.main([*runs[:1], "--compare", *runs[1:]])
