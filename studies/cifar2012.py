@@ -27,7 +27,6 @@ import itertools
 import json
 import statistics
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ import checkpoints
 import memory
 import utils
 from checkpoints.run import Busy, append_line, environment, locked, read_log
+from data.loader import machine_errors
 from kernels import accelerate
 from studies.common import results_file, spread, verdict
 from studies.fourlayer import (
@@ -132,6 +132,8 @@ def start(folder: Path, name: str, pictures: Pictures, seed: int, precision: str
     optimizer = make_optimizer(net, options["decay"])
     last, log = load(folder / "last.pt", net, optimizer, pictures), folder / "log.jsonl"
     kept = [entry for entry in read_log(log) if entry["epoch"] <= last["epoch"]]  # the others are trained once more
+    if [entry["epoch"] for entry in kept] != list(range(1, last["epoch"] + 1)):
+        raise UserError(f"{shown(log)} has lost lines; to train this net anew, remove its folder")
     utils.write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))
     return Net(folder, net, optimizer, seed, precision, last["epoch"], last.get("made") or environment(device))
 
@@ -139,6 +141,7 @@ def start(folder: Path, name: str, pictures: Pictures, seed: int, precision: str
 # ---------------------------------------------------------------------------------------------- the study
 
 
+@machine_errors("stop what else runs on this device")
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     device = pick_device(args.device)
@@ -152,18 +155,22 @@ def main(argv=None) -> int:
     pictures = Pictures(small_store("cifar10"), CROP, device)
     for seed, name in itertools.product(range(args.seeds), args.nets):
         cell = {"net": name, "epochs": args.epochs, "precision": args.precision, "seed": seed}
-        if status := make_net(args, pictures, cell):
-            return status  # a signal stopped it; the next start goes on there
+        try:
+            if status := make_net(args, pictures, cell):
+                return status  # a signal stopped it; the next start goes on there
+        except Busy:
+            print(f"{name}, seed {seed}: left to the process that trains it", flush=True)
     print(table([e for e in read_log(args.out) if (e["epochs"], e["precision"]) == (args.epochs, args.precision)]))
     print(f"\n{args.epochs} epochs (cuda-convnet: {EPOCHS}), {args.precision}")
     return 0
 
 
 def make_net(args, pictures: Pictures, cell: dict) -> int:
-    """Train, test and note one net, unless that is done or another process is at it. Returns 0, or 128 + a signal."""
+    """Train, test and note one net, unless that is done. Returns 0, or 128 + a signal. Raises Busy where another
+    process is at it."""
     folder = checkpoints.FOLDER / "cifar2012" / "-".join(str(cell[k]) for k in KEY)
     folder.mkdir(parents=True, exist_ok=True)
-    with suppress(Busy), locked(folder):
+    with locked(folder):
         if any(all(e[k] == cell[k] for k in KEY) for e in read_log(args.out)):
             return 0
         print(f"{cell['net']}, seed {cell['seed']}: {shown(folder)}", flush=True)
@@ -177,8 +184,6 @@ def make_net(args, pictures: Pictures, cell: dict) -> int:
                 append_line(args.out, cell | {"diverged": str(reason)} | run.made)
                 return 0
         log = read_log(folder / "log.jsonl")
-        if [e["epoch"] for e in log] != list(range(1, args.epochs + 1)):
-            raise UserError(f"{shown(folder / 'log.jsonl')} has lost lines; to train this net anew, remove its folder")
         errors = {p: error(run.net, pictures.views(p), pictures.test.in_order(BATCH)) for p in PROTOCOLS}
         found = {"error": errors, "train_top1_error": log[-1]["train_top1_error"],
                  "seconds": sum(e["seconds"] for e in log)}

@@ -227,6 +227,7 @@ def load(path: Path, net: nn.Module, optimizer, pictures: Pictures) -> dict:
         return {"epoch": 0}
     anew = f"remove {shown(path.parent)} to train this net anew"
     try:
+        checkpoints.check_archive(path)
         last = torch.load(path, map_location=next(net.parameters()).device, weights_only=True)
         net.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])

