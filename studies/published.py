@@ -35,11 +35,12 @@ import train
 import utils
 from checkpoints.run import LAST, PREVIOUS, Busy, append_line, environment, locked, read_config, read_log
 from data import pack
+from data.loader import machine_errors
 from data.pack import named_store
 from data.store import Store
 from studies import variants
 from studies.common import alone, verdict
-from utils import Parser, UserError, pick_device, run_script, write_text
+from utils import Parser, UserError, pick_device, run_script, shown, write_text
 
 ROOT = checkpoints.FOLDER.parent
 RESULTS, LOGS = ROOT / "results" / "nets.jsonl", ROOT / "results" / "nets"
@@ -126,6 +127,7 @@ IDEAS = {
 }
 
 
+@machine_errors("stop what else runs on this device")
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     unknown = [name for name in args.rows if name not in ROWS]
@@ -140,8 +142,13 @@ def main(argv=None) -> int:
         precision = options.settled_precision(args.precision, device)
         for seed in range(max(row.seeds for row in rows.values())):
             for name, row in rows.items():
-                if seed < row.seeds and (status := make_net(name, row, seed, device, precision)):
-                    return status  # a signal stopped the training; the next start goes on there
+                if seed >= row.seeds:
+                    continue
+                try:
+                    if status := make_net(name, row, seed, device, precision):
+                        return status  # a signal stopped the training; the next start goes on there
+                except Busy:
+                    print(f"{name}, seed {seed}: left to the process that trains it", flush=True)
         for name, row in rows.items():
             if row.together:
                 test_together(name, row, device, precision)
@@ -172,12 +179,12 @@ def folder(name: str, seed: int, machine: Machine) -> Path:
 
 
 def make_net(name: str, row: Row, seed: int, device: torch.device, precision: str) -> int:
-    """Train, test and note one net, unless it is done or another process is at it. Returns train.py's exit status, 0
-    where it finished or diverged."""
+    """Train, test and note one net, unless it is done. Returns train.py's exit status, 0 where it finished or diverged.
+    Raises Busy where another process is at it."""
     machine = machine_of(device, precision)
     place = folder(name, seed, machine)
     place.mkdir(parents=True, exist_ok=True)
-    with suppress(Busy), locked(place):
+    with locked(place):
         if seed in finished(name)[machine]:
             return 0
         try:
@@ -241,16 +248,23 @@ def about(name: str, row: Row, seed: int, out: Path) -> dict:
 
 
 def open_store(row: Row) -> Store:
-    """The row's store, packed first where there is none. Raises UserError where its test pictures are missing."""
+    """The row's store, packed first where there is none. Raises UserError where its test pictures are missing, or where
+    one that was there has pictures of another size, or another share of them for validation."""
     where = row.options[1]
     if row.options[0] == "--dataset":
-        return named_store(where)
-    if not Path(where).exists():
-        pack.main(list(row.pack))
-    store = Store(where)
+        store = named_store(where)
+    else:
+        if not Path(where).exists():
+            pack.main(list(row.pack))
+        store = Store(where)
     if not store.counts.get("test") or "test" in store.unlabelled:
         raise UserError(f"{where} has no test pictures with labels; remove it, put the pictures into train/CLASS/ and "
                         "test/CLASS/, and start again")
+    asked = pack.make_parser().parse_args(row.pack)
+    share = store.counts["val"] / (store.counts["val"] + store.counts["train"])
+    if store.size != (asked.size or (256 if row.pack else 72)) or (asked.val and abs(share - asked.val) > 0.01):
+        raise UserError(f"{shown(store.path)} has pictures of {store.size} pixels, and {share:.0%} of them to validate "
+                        "with, unlike this row; remove it, or call it otherwise, and start again")
     return store
 
 

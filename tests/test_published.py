@@ -79,12 +79,13 @@ def test_nets_are_made_once_and_stopped_ones_go_on(small, store, monkeypatch, ca
     assert "| 2 of 2 |" in printed
 
 
-def test_what_another_process_is_at_is_left_to_it(small):
+def test_what_another_process_is_at_is_left_to_it(small, capsys):
     place = published.folder("base", 0, HERE)
     place.mkdir(parents=True)
     with locked(place):
         assert published.main(["base", *CPU]) == 0
     assert [e["seed"] for e in read_log(published.RESULTS)] == [1]
+    assert "base, seed 0: left to the process that trains it" in capsys.readouterr().out
 
 
 def test_a_row_without_pictures_is_left_out(small, monkeypatch, capsys):
@@ -93,6 +94,21 @@ def test_a_row_without_pictures_is_left_out(small, monkeypatch, capsys):
     assert published.main(["base", *CPU]) == 0
     assert "base is left out: " in capsys.readouterr().out
     assert not published.finished("base")
+
+
+@pytest.mark.parametrize("wrong", [["--size", "64", "--val", "0.2"], ["--val", "0.4"]], ids=["size", "split"])
+def test_a_store_that_was_packed_otherwise_is_left_out(small, tree, monkeypatch, capsys, wrong):
+    """By data.pack's defaults, for instance, under the name that the row gives its own."""
+    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trains"))
+    shutil.rmtree(tree / "val")
+    for label in ("cat", "dog"):
+        shutil.copytree(tree / "train" / label, tree / "test" / label)
+    pack.main([str(tree), "--out", str(small / "store"), *wrong])
+    row = published.Row("none", ["--data", str(small / "store")], 1, (str(tree), "--val", "0.2"))
+    monkeypatch.setitem(published.ROWS, "base", row)
+    assert published.main(["base", *CPU]) == 0
+    assert "base is left out: " in (said := capsys.readouterr().out)
+    assert "to validate with, unlike this row; remove it" in said
 
 
 def test_a_store_without_test_pictures_is_left_out_before_the_training(small, tree, monkeypatch, capsys):
