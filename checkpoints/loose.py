@@ -63,7 +63,7 @@ class Namer:
         except UserError as error:
             return name, error
         except Exception as error:  # Pillow and libjpeg raise nearly anything on damaged files
-            if lacks_memory(error):
+            if isinstance(error, OSError) or lacks_memory(error):  # the machine's fault, not the picture's
                 raise
             return name, UserError(f"{name} cannot be read as a picture ({type(error).__name__})")
         return name, [squares[way] for way in self.ways]

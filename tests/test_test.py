@@ -1,6 +1,7 @@
 """test.py: what it prints, on what, and what it refuses."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 import checkpoints
 import test
 from data import pack, sources
+from data.pictures import File
 from data.store import Store
 from model import AlexNet
 from utils import UserError
@@ -211,6 +213,17 @@ def test_folders_without_pictures_are_one_line(run_folder, tmp_path):
         test.main([best, "--images", str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")])
 
 
+def test_a_disk_that_fails_is_not_called_a_damaged_picture(run_folder, tmp_path, monkeypatch):
+    """It ends the script: what follows would be missing from the predictions, too."""
+    def fail(self):
+        raise OSError(errno.EIO, "Input/output error", self.path)
+
+    Image.effect_noise((90, 70), 50).save(tmp_path / "a.png")
+    monkeypatch.setattr(File, "read", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        test.main([str(run_folder / "best.pt"), "--images", str(tmp_path)])
+
+
 def test_features_and_confusion_of_a_data_set(run_folder, store, tmp_path):
     arrays, picture = tmp_path / "f.npz", tmp_path / "c.png"
     test.main([str(run_folder / "best.pt"), "--features", str(arrays), "--confusion", str(picture)])
@@ -272,6 +285,8 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path, monkeypatch):
         ([best, "--predictions", "/dev/null"], "that is no regular file"),
         ([best, "--images", ".", "--predictions", str(tmp_path / "cat.png")], "that is a checkpoint or a picture"),
         ([best, "--images", "cat.jpg", "--per-class"], "go with a data set"),
+        (["--images", "cat.jpg", best], "best.pt: that is a checkpoint; name it before --images"),
+        ([best, "--confusion", str(tmp_path / "c.pdf")], "what is written is a PNG; name a .png"),
         ([best, "--images", "cat.jpg", "--confusion", "c.png"], "go with a data set"),
         ([best, "--features", "f.npz", "--ten-crop"], "of one net and centre crops"),
         ([best, best, "--features", "f.npz"], "of one net and centre crops"),
