@@ -59,6 +59,8 @@ def check_paths(file: str, out: Path) -> None:
     if out.suffix.lower() in (".safetensors", ".onnx"):
         raise UserError(f"{out}: what is written here is a .pt, and is to be called so; python -m checkpoints.export "
                         f"makes a {out.suffix} of it")
+    if out.suffix.lower() in (".npy", ".binaryproto", ".caffemodel", ".prototxt"):
+        raise UserError(f"{out} is called like something to read, not like a .pt to write; a mean follows --mean")
     if out.exists() and file != "torchvision" and out.samefile(file):
         raise UserError(f"{out} is the file to convert; name another one to write")
 

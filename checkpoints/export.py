@@ -35,6 +35,7 @@ from utils import Parser, UserError, replacing, run_script, shown
 
 OPSET = 18
 ALIKE = 1e-4  # largest difference of probabilities between net and file; rounding causes up to 1e-5
+LARGEST = 2**31 - 2**20  # bytes of weights in an .onnx file: protobuf holds 2 GiB, and the graph takes some
 CHECKED = 16  # pictures that the file is tried with
 LUMA = (19595, 38470, 7471)  # of 65536: how Pillow turns RGB into grey
 
@@ -96,6 +97,8 @@ def to_onnx(checkpoint: dict, path) -> tuple[bytes, str]:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         needs_package(name)
     net = Whole(build_net(checkpoint, path), checkpoint["mean"], checkpoint["image_size"]).eval()
+    if (size := sum(tensor.nbytes for tensor in net.state_dict().values())) > LARGEST:
+        raise UserError(f"the weights take {size / 1e9:.1f} GB, and an .onnx file holds 2; a .safetensors takes them")
     content = exported(net, checkpoint)
     pictures = torch.from_numpy(np.random.default_rng(0).integers(
         0, 256, (CHECKED, checkpoint["image_size"], checkpoint["image_size"], 3), np.uint8

@@ -408,6 +408,10 @@ def test_what_is_written_is_called_a_pt(torchvision_file, tmp_path, capsys):
     for ending in ("safetensors", "onnx"):
         with pytest.raises(UserError, match=rf"is a .pt, .* checkpoints.export makes a .{ending} of it"):
             convert.main([str(torchvision_file), str(tmp_path / f"out.{ending}")])
+    (tmp_path / "mean.binaryproto").write_bytes(b"a mean")
+    with pytest.raises(UserError, match=r"is called like something to read, .* a mean follows --mean"):
+        convert.main([str(torchvision_file), str(tmp_path / "mean.binaryproto")])
+    assert (tmp_path / "mean.binaryproto").read_bytes() == b"a mean"
     convert.main([str(torchvision_file), str(tmp_path / "my nets" / "a.pt")])
     assert f"test it: python test.py '{tmp_path / 'my nets' / 'a.pt'}' --data STORE" in capsys.readouterr().out
 

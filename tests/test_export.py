@@ -246,6 +246,10 @@ def test_what_cannot_be_written_is_one_line(run_folder, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             export.main(arguments) if "full" not in arguments[1] else full_disk(arguments, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "LARGEST", 10**6)
+        with pytest.raises(UserError, match=r"take 0.1 GB, and an .onnx file holds 2; a .safetensors takes them"):
+            export.main([best, str(tmp_path / "large.onnx")])
     (tmp_path / "net.onnx").write_bytes(b"")
     with pytest.raises(UserError, match="is for ONNX Runtime and the like"):
         test.main([str(tmp_path / "net.onnx")])
