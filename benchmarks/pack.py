@@ -64,14 +64,22 @@ def photograph(folder: Path, number: int, quality: int) -> str:
 
 
 def jpegs_below(folder: str, count: int) -> list[str]:
-    """The first JPEG files of a folder, at any depth, by content. Raises UserError where there are none."""
+    """The first JPEG files of a folder, at any depth, by content. Raises UserError where there are none, or where one
+    of them is damaged, which not all contenders read."""
+    import simplejpeg
+
     with redirect_stdout(sys.stderr):  # what it says of other files
         names = trees.pictures_below(folder)
     found = []
     for name in names:
-        with open(Path(folder) / name, "rb") as file:
-            if file.read(2) == b"\xff\xd8":
-                found.append(name)
+        content = (Path(folder) / name).read_bytes()
+        if content.startswith(b"\xff\xd8"):
+            try:
+                simplejpeg.decode_jpeg(content)
+            except ValueError as error:
+                raise UserError(f"{Path(folder) / name} is damaged ({error}), and not all that is timed reads it; "
+                                "take it away") from None
+            found.append(name)
         if len(found) == count:
             break
     if not found:

@@ -233,14 +233,17 @@ def resident(device: torch.device) -> float:
     return _status("VmRSS")
 
 
-def peak(step, before: float, device: torch.device) -> float:
-    """MB beyond `before` at the worst moment of a step."""
+def peak(step, before: float, device: torch.device) -> float | None:
+    """MB beyond `before` at the worst moment of a step; None where Linux, in a sandbox, does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 1e6 - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
+    except OSError:
+        return None
     step()
     return _status("VmHWM") - before
 
@@ -296,10 +299,11 @@ def report(result: dict) -> str:
             continue
         median, (low, high) = entry["median_ms"], entry["quartiles_ms"]
         usual, best = (f"{times[peer] / median:.2f}" if peer in times else "-" for peer in (USUAL, fastest))
+        most = "-" if entry["memory_mb"] is None else f"{entry['memory_mb']:.0f}"
         share = "-" if CONTENDERS[name].fp32 else f"{limit / median:.0%}"  # the limit is that of --precision
         lines.append(
             f"{name:<62}{median:>8.1f}{f'{low:.1f}..{high:.1f}':>16}{1000 * batch / median:>10.0f}{usual:>9}{best:>11}"
-            f"{entry['memory_mb']:>7.0f}{share:>10}"
+            f"{most:>7}{share:>10}"
         )
     rate = result["product_rate"] / 1e9
     lines.append(f"limit: {result['flops'] / 1e9:.0f} GFLOP at {rate:.0f} GFLOP/s, {limit:.1f} ms")

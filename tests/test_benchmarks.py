@@ -6,6 +6,7 @@ import sys
 import tarfile
 from argparse import Namespace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,18 @@ def test_the_ratio_that_counts_is_against_the_fastest_form():
     assert "skipped: ImportError: no such thing" in text
     assert "the fastest form of the usual module: usual module, fused SGD, memory kept" in text
     assert "where the time of 'this' goes, ms: LRN 3.0 (75%), update 1.0 (25%)" in text
+
+
+def test_where_linux_does_not_tell_the_memory_the_times_stay(monkeypatch):
+    def refuse(path, _):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert step.peak(lambda: None, 0, CPU) is None
+    entry = {"median_ms": 8, "quartiles_ms": [8, 8], "memory_mb": None, "parts_ms": None}
+    text = step.report({"contenders": {"usual module": entry}, "size": 64, "batch": 2, "precision": "fp32",
+                        "device": "x", "threads": 1, "torch": "2", "load": 0.5, "flops": 3e9, "product_rate": 1e12})
+    assert text.splitlines()[2].split()[-4:] == ["1.00", "1.00", "-", "38%"]
 
 
 def test_the_parts_of_a_step():

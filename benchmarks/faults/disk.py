@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
@@ -221,3 +222,5 @@ COMMANDS = {
     "packing": packing, "training": training, "resuming": resuming, "testing": testing, "exporting": exporting,
     "converting": converting,
 }
+if not find_spec("safetensors"):  # which requirements.txt does not bring
+    del COMMANDS["exporting"]

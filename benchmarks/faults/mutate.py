@@ -290,7 +290,7 @@ def another_kind(place: Path, room: Path, rng: np.random.Generator) -> str:
 
 TARGETS = {  # how often, and what
     "best.pt, test.py": (3, tested("best.pt")), "last.pt, --resume": (2, resumed("last.pt")),
-    "best.pt, --init": (1, started_from), "best.pt, export": (2, exported),
+    "best.pt, --init": (1, started_from), "best.pt, export to .safetensors": (2, exported),
     ".safetensors, test.py": (4, tested("best.safetensors")), ".onnx, test.py": (1, tested("best.onnx")),
     "config.json": (4, resumed("config.json")), "log.jsonl": (3, resumed("log.jsonl")),
     "conv1.npy": (3, resumed("conv1.npy")), "store, test.py": (10, stored("test")),
