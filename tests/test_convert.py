@@ -439,13 +439,13 @@ def test_exit_status_and_overwriting(torchvision_file, tmp_path):
         command = [sys.executable, "-m", "checkpoints.convert", *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    for arguments in (("missing.pth", tmp_path / "x.pt"), (torchvision_file, torchvision_file)):
-        done = start(*arguments)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert done.stderr.startswith("error: ")
-    os.mkfifo(tmp_path / "pipe")
-    done = start(torchvision_file, tmp_path / "pipe")
+    done = start(torchvision_file, torchvision_file)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
+    os.mkfifo(tmp_path / "pipe")
+    for arguments in (("missing.pth", tmp_path / "x.pt"), (torchvision_file, tmp_path / "pipe")):
+        with pytest.raises(UserError):
+            convert.main([*map(str, arguments)])
     assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "x.pt").write_text("old")
     assert start(torchvision_file, tmp_path / "x.pt").returncode == 0
