@@ -80,7 +80,7 @@ def errors(paths: list, store: Store, *, split: str = "test", ten_crop: bool = F
 def check_arguments(args) -> None:
     inputs = {os.path.realpath(path) for path in (*args.checkpoints, *(args.images or ()))}
     for path in args.images or ():
-        if Path(path).suffix.lower() in (".pt", ".safetensors"):
+        if Path(path).suffix.lower() in (".pt", ".safetensors") and not Path(path).is_dir():
             raise UserError(f"--images {path}: that is a checkpoint; name it before --images")
     outputs = {}
     for option in ("predictions", "features", "confusion"):
@@ -100,7 +100,7 @@ def check_arguments(args) -> None:
             raise UserError(f"--{option} {path}: that is a checkpoint or a picture, or called so; name another file")
         if real in outputs:
             raise UserError(f"--{option} {path}: --{outputs[real]} goes there already; name another file")
-        if option == "confusion" and real.suffix.lower() != ".png":
+        if option == "confusion" and Path(path).suffix.lower() != ".png":
             raise UserError(f"--confusion {path}: what is written is a PNG; name a .png")
         outputs[real] = option
     if args.images and (args.per_class or args.split or args.confusion):

@@ -36,7 +36,7 @@ CAFFE_MEAN = (123.0, 117.0, 104.0)  # red, green, blue: what bvlc_alexnet's user
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     out = Path(args.out)
-    check_paths(args.file, out)
+    check_paths(args.file, out, args.mean)
     if args.file == "torchvision" or starts_with(args.file, (b"PK", b"\x80")):  # zip or pickle: torch's two formats
         if args.mean is not None:
             raise UserError("--mean goes with Caffe's weights; torchvision's have a mean of their own")
@@ -51,7 +51,7 @@ def main(argv=None) -> int:
     return 0
 
 
-def check_paths(file: str, out: Path) -> None:
+def check_paths(file: str, out: Path, mean: str | None) -> None:
     if file != "torchvision" and not Path(file).is_file():
         raise UserError(f"{file}: no such file (the word torchvision fetches torchvision's weights)")
     if out.is_dir():
@@ -60,9 +60,10 @@ def check_paths(file: str, out: Path) -> None:
         raise UserError(f"{out}: what is written here is a .pt, and is to be called so; python -m checkpoints.export "
                         f"makes a {out.suffix} of it")
     if out.suffix.lower() in (".npy", ".binaryproto", ".caffemodel", ".prototxt"):
-        raise UserError(f"{out} is called like something to read, not like a .pt to write; a mean follows --mean")
-    if out.exists() and file != "torchvision" and out.samefile(file):
-        raise UserError(f"{out} is the file to convert; name another one to write")
+        raise UserError(f"{out} is called like something to read; name a .pt to write, and a mean image by --mean")
+    for path in (file, mean):
+        if path and Path(path).exists() and out.exists() and out.samefile(path):
+            raise UserError(f"{out} is a file to read; name another one to write")
 
 
 def starts_with(file: str, beginnings: tuple) -> bool:

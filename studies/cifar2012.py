@@ -131,10 +131,10 @@ def start(folder: Path, name: str, pictures: Pictures, seed: int, precision: str
     accelerate(net)
     optimizer = make_optimizer(net, options["decay"])
     last, log = load(folder / "last.pt", net, optimizer, pictures), folder / "log.jsonl"
-    kept = [entry for entry in read_log(log) if entry["epoch"] <= last["epoch"]]  # the others are trained once more
+    kept = [entry for entry in read_log(log) if entry.get("epoch") in range(1, last["epoch"] + 1)]
     if [entry["epoch"] for entry in kept] != list(range(1, last["epoch"] + 1)):
         raise UserError(f"{shown(log)} has lost lines; to train this net anew, remove its folder")
-    utils.write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))
+    utils.write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))  # later epochs are trained once more
     return Net(folder, net, optimizer, seed, precision, last["epoch"], last.get("made") or environment(device))
 
 
@@ -189,7 +189,6 @@ def make_net(args, pictures: Pictures, cell: dict) -> int:
                  "seconds": sum(e["seconds"] for e in log)}
         append_line(args.out, cell | found | run.made)
         return 128 + watch.received if watch.received else 0  # one that came with the last epoch
-    return 0
 
 
 def table(entries: list[dict]) -> str:

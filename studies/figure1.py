@@ -19,8 +19,8 @@ What the ratio hangs on is asked with --init and --pixels, another initialisatio
 is a race of its own, with learning rates of its own.
 
 A finished run is a line in --out and is not run again; one that was stopped, in any way, goes on where its last epoch
-began. Two processes, one for each activation, can share --out. The curves are drawn next to it, those of other
---epochs, --precision, --init and --pixels in a .png of their own.
+began. Two processes, one for each activation, can share --out. The curves are drawn next to it, in
+NAME-EPOCHS-PRECISION.png, with --init and --pixels in the name, too, where they are not the first.
 """
 
 import itertools

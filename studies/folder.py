@@ -15,7 +15,7 @@ import options
 import utils
 from checkpoints import load_member, watch_features
 from checkpoints.run import ROOT, read_log
-from data.loader import Loader
+from data.loader import Loader, lacks_memory
 from data.pictures import printable
 from data.store import Store
 from kernels import accelerate
@@ -65,7 +65,7 @@ class Run:
         if not self.arguments or "network" in self.arguments:
             return {}
         found = vars(options.make_parser().parse_args([])) | options.DEFAULTS
-        with suppress(LeftOut, UserError):  # fewer pictures and trained weights have others
+        with suppress(LeftOut):  # fewer pictures and trained weights have others
             found |= options.defaults(Namespace(init=self.arguments.get("init")), self.store)
         return found
 
@@ -89,7 +89,12 @@ class Run:
             raise LeftOut(f"the net, {self.arguments['network']}, is not one of train.py's")
         if not (self.path / "best.pt").exists():
             raise LeftOut("there is no best.pt, which train.py writes when an epoch is over")
-        net, views, checkpoint = load_member(self.path / "best.pt", self.device)
+        try:
+            net, views, checkpoint = load_member(self.path / "best.pt", self.device)
+        except UserError as error:
+            if lacks_memory(error.__context__):  # which is nothing about the run
+                raise
+            raise LeftOut(str(error)) from None
         self.seen = watch_features(net)
         accelerate(net)
         return net, views, checkpoint

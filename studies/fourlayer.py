@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import checkpoints
 import utils
 from data.augment import Augment, epoch_tables
-from data.loader import Loader
+from data.loader import Loader, lacks_memory
 from data.store import Store
 from model import LocalResponseNorm, activation
 from recipe import set_rate
@@ -233,6 +233,8 @@ def load(path: Path, net: nn.Module, optimizer, pictures: Pictures) -> dict:
         optimizer.load_state_dict(last["optimizer"])
         epoch, fingerprint = int(last["epoch"]), last["fingerprint"]
     except Exception as reason:  # torch's reader raises nearly anything
+        if isinstance(reason, OSError) or lacks_memory(reason):
+            raise
         raise UserError(f"{shown(path)} is damaged or of another net ({utils.one_line(reason)}); {anew}") from None
     if fingerprint != pictures.fingerprint:
         raise UserError(f"{shown(path)} was trained on another store of CIFAR-10; {anew}")

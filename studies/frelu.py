@@ -95,6 +95,8 @@ def run_cell(args, store: Store, cell: dict) -> int:
                 seed=cell["seed"], lrs=loop.learning_rates(first_lr(cell["network"]), args.epochs, DROPS, EPOCHS),
                 inputs=loop.Inputs(*moments(store), device), frame=FRAME, mirror=True,
             )
+            if [e["epoch"] for e in read_log(folder / "log.jsonl")] != list(range(1, run.epoch + 1)):
+                raise UserError(f"{folder / 'log.jsonl'} has lost lines; to train this run anew, remove its folder")
             with Watch(device) as watch:
                 try:
                     found = result(run) if loop.fit(run, watch) else {}

@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import utils
 from checkpoints.run import append_line, environment, read_log
 from data import pack, sources
 from data.augment import epoch_tables
-from data.loader import Loader
+from data.loader import Loader, lacks_memory
 from data.store import Store
 from kernels import accelerate
 from recipe import split_off_activations
@@ -223,8 +222,6 @@ def start(folder: Path, store: Store, device, network: str, act: str, optimizer_
     else:
         save(run)
     kept = [entry for entry in read_log(log) if entry.get("epoch") in range(1, run.epoch + 1)]
-    if [entry["epoch"] for entry in kept] != list(range(1, run.epoch + 1)):
-        raise UserError(f"{shown(log)} has lost lines; to train this run anew, remove its folder")
     utils.write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))  # later epochs are trained once more
     defaults = {name: run.optimizer.defaults[name] for name in ("momentum", "nesterov", "weight_decay")}
     arguments = {
@@ -264,8 +261,13 @@ def load(run: Run) -> None:
 
 def read_checkpoint(path: Path, device="cpu") -> dict | None:
     """A last.pt of this loop; None for any other file."""
-    with suppress(Exception):  # torch's reader raises nearly anything
+    try:
         checkpoints.check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         return checkpoint if "network" in checkpoint["config"] else None
-    return None
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # torch's reader raises nearly anything
+        if isinstance(error, OSError) or lacks_memory(error):
+            raise
+        return None

@@ -8,11 +8,12 @@ A finished net is a line in results/nets.jsonl, its log a file in results/nets/,
 kind of device and in that precision; one that was stopped goes on where it was. Each model of GPU is a kind, and all
 processors together are one: their sums differ in rounding alone. Several of these commands can run at once; a net is
 trained by one of them. The nets lie in checkpoints/published/. CIFAR-10 and Fashion-MNIST are downloaded where they are
-not on disk; rows whose pictures are missing are left out. Imagenette, Imagewoof and Tiny ImageNet have to lie in
-data/downloads/ as train/CLASS/ and test/CLASS/, the latter being what their authors call val/. A row of the
-tables shows the nets of one kind of device and one precision: those of which there are the most; of several, those that
-were tested as one, too, or the earliest. The choice of the epoch follows the validation pictures, and with all defaults
-the learning rate does, too; the test pictures are read when a net is finished, and not before.
+not on disk; rows whose pictures are missing, or whose store was packed otherwise, are left out. Imagenette, Imagewoof
+and Tiny ImageNet have to lie in data/downloads/ as train/CLASS/ and test/CLASS/, the latter being what their authors
+call val/. A row of the tables shows the nets of one kind of device and one precision: those of which there are the
+most; of several, those that were tested as one, too, or the earliest. The choice of the epoch follows the validation
+pictures, and with all defaults the learning rate does, too; the test pictures are read when a net is finished, and not
+before.
 """
 
 import itertools
@@ -249,23 +250,34 @@ def about(name: str, row: Row, seed: int, out: Path) -> dict:
 
 def open_store(row: Row) -> Store:
     """The row's store, packed first where there is none. Raises UserError where its test pictures are missing, or where
-    one that was there has pictures of another size, or another share of them for validation."""
+    one that was there already was packed otherwise."""
     where = row.options[1]
     if row.options[0] == "--dataset":
         store = named_store(where)
-    else:
-        if not Path(where).exists():
-            pack.main(list(row.pack))
-        store = Store(where)
+        check_packing(store, size=72)
+        return store
+    if not Path(where).exists():
+        pack.main(list(row.pack))
+    store = Store(where)
     if not store.counts.get("test") or "test" in store.unlabelled:
         raise UserError(f"{where} has no test pictures with labels; remove it, put the pictures into train/CLASS/ and "
                         "test/CLASS/, and start again")
-    asked = pack.make_parser().parse_args(row.pack)
-    share = store.counts["val"] / (store.counts["val"] + store.counts["train"])
-    if store.size != (asked.size or (256 if row.pack else 72)) or (asked.val and abs(share - asked.val) > 0.01):
-        raise UserError(f"{shown(store.path)} has pictures of {store.size} pixels, and {share:.0%} of them to validate "
-                        "with, unlike this row; remove it, or call it otherwise, and start again")
+    if row.pack:
+        asked = pack.make_parser().parse_args(row.pack)
+        check_packing(store, asked.size or 256, asked.codec, asked.val)
     return store
+
+
+def check_packing(store: Store, size: int, codec: str | None = None, val: float | None = None) -> None:
+    """Raise UserError where a store that was there already has pictures of another size, other records, or another
+    share for validation; any will do where none is given."""
+    share = store.counts["val"] / (store.counts["val"] + store.counts["train"])
+    for what, found, wanted in (
+        ("pixels a side", store.size, size), ("records", store.codec, codec or store.codec),
+        ("of its training pictures for validation", f"{share:.0%}", f"{val or share:.0%}"),
+    ):
+        if found != wanted:
+            raise UserError(f"{shown(store.path)} has {found} {what}, and this row takes {wanted}; rename or remove it")
 
 
 def test_error(row: Row, runs: list[Path], device: torch.device, ten_crop: bool) -> float:

@@ -54,7 +54,7 @@ def main(argv=None) -> int:
         for title, make in sections:
             try:
                 found = make(run)
-            except (LeftOut, UserError) as reason:  # a damaged file, for one
+            except LeftOut as reason:
                 found = page.paragraph(f"Left out: {reason}")
             content += page.section(title, found)
             progress.update(1, title)
@@ -71,7 +71,7 @@ def title_of(run: Run) -> str:
     try:
         kind = "torchvision's alexnet" if run.checkpoint["config"].get("net") == "torchvision" else "AlexNet"
         return f"{name}: {kind}, {run.size} x {run.size} pixels"
-    except (LeftOut, UserError):
+    except LeftOut:
         return f"{name}: {run.arguments['network']}" if "network" in run.arguments else name
 
 

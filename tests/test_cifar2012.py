@@ -351,7 +351,7 @@ def test_a_net_that_has_lost_something_is_told_before_it_is_trained_on(study, mo
     arguments = ["--nets", "13pct", "--epochs", "4", "--out"]
     cifar2012.main([*arguments, str(study / "x.jsonl")])
     folder = study / "cifar2012" / "13pct-4-fp32-0"
-    monkeypatch.setattr(cifar2012, "train_epoch", lambda *_: pytest.fail("trains"))
+    monkeypatch.setattr(cifar2012, "fit", lambda *_: pytest.fail("trains"))
     log, content = (folder / "log.jsonl").read_text(), bytearray((folder / "last.pt").read_bytes())
     (folder / "log.jsonl").write_text("".join(log.splitlines(keepends=True)[1:]))
     with pytest.raises(UserError, match=r"log.jsonl has lost lines; to train this net anew, remove its folder"):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import small_source
 
 import checkpoints
 import test
@@ -96,19 +97,33 @@ def test_a_row_without_pictures_is_left_out(small, monkeypatch, capsys):
     assert not published.finished("base")
 
 
-@pytest.mark.parametrize("wrong", [["--size", "64", "--val", "0.2"], ["--val", "0.4"]], ids=["size", "split"])
-def test_a_store_that_was_packed_otherwise_is_left_out(small, tree, monkeypatch, capsys, wrong):
-    """By data.pack's defaults, for instance, under the name that the row gives its own."""
-    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trains"))
+@pytest.mark.parametrize(("asked", "message"), [
+    (["--size", "64", "--val", "0.5"], "64 pixels a side, and this row takes 72; rename or remove it"),
+    (["--size", "72", "--val", "0.2"], "17% of its training pictures for validation, and this row takes 50%"),
+    (["--size", "72", "--val", "0.5", "--codec", "jpeg"], "jpeg records, and this row takes raw"),
+    (["--size", "72", "--val", "0.5", "--codec", "raw"], ""),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_a_store_that_was_packed_otherwise_is_left_out(small, tree, monkeypatch, capsys, asked, message):
+    """By hand, under the name that the row gives its own."""
+    trained = []
+    monkeypatch.setattr(train, "main", lambda argv: trained.append(argv) or 143)
     shutil.rmtree(tree / "val")
     for label in ("cat", "dog"):
         shutil.copytree(tree / "train" / label, tree / "test" / label)
-    pack.main([str(tree), "--out", str(small / "store"), *wrong])
-    row = published.Row("none", ["--data", str(small / "store")], 1, (str(tree), "--val", "0.2"))
-    monkeypatch.setitem(published.ROWS, "base", row)
+    pack.main([str(tree), "--out", str(small / "store"), *asked, *([] if "--codec" in asked else ["--codec", "raw"])])
+    packing = (str(tree), "--size", "72", "--val", "0.5", "--codec", "raw")
+    monkeypatch.setitem(published.ROWS, "base", published.Row("none", ["--data", str(small / "store")], 1, packing))
+    assert published.main(["base", *CPU]) == (0 if message else 143)
+    assert bool(trained) != bool(message)
+    assert message in capsys.readouterr().out
+
+
+def test_a_named_set_that_was_packed_larger_is_left_out(small, tree, monkeypatch, capsys):
+    store = pack.pack(small_source(), small / "large", size=100)
+    monkeypatch.setattr(published, "named_store", lambda name: store)
+    monkeypatch.setitem(published.ROWS, "base", published.Row("none", ["--dataset", "cifar10"], 1))
     assert published.main(["base", *CPU]) == 0
-    assert "base is left out: " in (said := capsys.readouterr().out)
-    assert "to validate with, unlike this row; remove it" in said
+    assert "large has 100 pixels a side, and this row takes 72" in capsys.readouterr().out
 
 
 def test_a_store_without_test_pictures_is_left_out_before_the_training(small, tree, monkeypatch, capsys):
