@@ -55,13 +55,13 @@ def parse(argv, interrupted: Path | None = None) -> Namespace:
     if args.init:
         take_over_net(args, given)
     if args.lrn_across and args.columns == 1:
-        raise UserError("--lrn-across: one column has no other to cross into; --columns 2 has")
+        raise UserError("--lrn-across: one column has no other; add --columns 2")
     useless = [name for name in ("lrn_alpha", "lrn_k", "lrn_across") if name in given]
     if useless and not args.lrn:
         raise UserError(f"{worded(useless[0], given[useless[0]])}: without LRN there is nothing for it to change")
     if args.freeze and not args.init:
-        raise UserError(f"--freeze {args.freeze} keeps weights that have learnt nothing yet; --init CHECKPOINT brings "
-                        "some that have")
+        raise UserError(f"--freeze {args.freeze} would freeze untrained weights; add --init "
+                        "CHECKPOINT")
     return args
 
 
@@ -112,7 +112,7 @@ def refuse_changed(stored: dict, folder: Path) -> None:
     if not isinstance(stored.get("packed_from", {}), dict):
         wrong.append("packed_from")
     if wrong:
-        raise UserError(f"{folder / 'config.json'} was changed, or is damaged: its {wrong[0]} cannot be right")
+        raise UserError(f"{folder / 'config.json'} was changed, or is damaged: its {wrong[0]} is not valid")
 
 
 def could_be_given(action: Action, value) -> bool:
@@ -193,8 +193,8 @@ def _add_data(group) -> None:
     group.add_argument("--balance", action="store_true",
                        help="show each class equally often; an epoch has as many pictures as before")
     group.add_argument("--workers", type=whole(0), metavar="N",
-                       help="how many read a split of more than 1 GB, for all processes of the training together "
-                       "(default: one a core for a GPU; none on a CPU, where they would take the cores from the net)")
+                       help="processes that read a split of more than 1 GB, in all training processes together "
+                       "(default: one a core for a GPU; none on a CPU, where the net needs the cores)")
 
 
 def _add_net(group) -> None:
@@ -243,7 +243,7 @@ def _add_training(group) -> None:
     drop.add_argument("--drops", type=whole(1), nargs="+", metavar="EPOCH",
                       help="divide the learning rate by 10 after these epochs instead, for comparisons between runs")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N",
-                       help="of everything that is drawn (default: %(default)s)")
+                       help="seed of all random choices (default: %(default)s)")
 
 
 def _add_machine(group) -> None:

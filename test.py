@@ -97,7 +97,7 @@ def check_arguments(args) -> None:
             raise UserError(f"--{option} {path}: {real.parent} can't be written to; name another folder")
         endings = {".pt", ".safetensors", *(() if option == "confusion" else ENDINGS)}
         if real.suffix.lower() in endings or str(real) in inputs:
-            raise UserError(f"--{option} {path}: that is a checkpoint or a picture, or called so; name another file")
+            raise UserError(f"--{option} {path}: that is a checkpoint or a picture, or named like one; name another")
         if real in outputs:
             raise UserError(f"--{option} {path}: --{outputs[real]} goes there already; name another file")
         if option == "confusion" and Path(path).suffix.lower() != ".png":
@@ -135,8 +135,8 @@ def open_store(args, paths: list, members: list) -> Store:
     for file, (_, _, checkpoint) in zip(paths, members, strict=True):
         if checkpoint.get("fingerprint", store.fingerprint) != store.fingerprint:
             why = "was packed anew after" if checkpoint["store"] == first["store"] else "is not the store on which"
-            print(f"warning: {shown(path)} {why} {file} had been trained; what are validation pictures in it may have "
-                  "been trained on", file=sys.stderr)
+            print(f"warning: {shown(path)} {why} {file} had been trained; its validation pictures may "
+                  "have been training pictures", file=sys.stderr)
     return store
 
 
@@ -160,8 +160,8 @@ def check_fit(paths: list, members: list, store: Store) -> None:
             )
         if checkpoint["classes"] != store.classes:
             if sorted(checkpoint["classes"]) == sorted(store.classes):
-                raise UserError(f"{path} has the classes of {shown(store.path)} in another order, and takes one for "
-                                "another there; --data or --dataset names the store that it was trained on")
+                raise UserError(f"{path} has the classes of {shown(store.path)} in another order, and its predictions "
+                                "would be wrong there; --data or --dataset names the store that it was trained on")
             print(f"warning: the class names of {path} and {shown(store.path)} differ", file=sys.stderr)
         if checkpoint["resize"] != store.manifest["resize"]:
             print(
@@ -354,10 +354,10 @@ def make_parser() -> Parser:
     parser.add_argument("--json", action="store_true",
                         help="print one line of JSON and nothing else (with --images one a picture)")
     parser.add_argument("--per-class", action="store_true", help="print each class's error, too")
-    parser.add_argument("--predictions", metavar="FILE.csv", help="write what each picture was taken for")
-    parser.add_argument("--confusion", metavar="FILE.png", help="draw how often each class was taken for which")
+    parser.add_argument("--predictions", metavar="FILE.csv", help="write the predicted classes of each picture")
+    parser.add_argument("--confusion", metavar="FILE.png", help="draw the confusion matrix: true by predicted class")
     parser.add_argument("--features", metavar="FILE.npz",
-                        help="write what the last layer sees of each picture, (n, 4096), with labels and names")
+                        help="write the last hidden layer's outputs for each picture, (n, 4096), with labels and names")
     return parser
 
 

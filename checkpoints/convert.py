@@ -60,7 +60,7 @@ def check_paths(file: str, out: Path, mean: str | None) -> None:
         raise UserError(f"{out}: what is written here is a .pt, and is to be called so; python -m checkpoints.export "
                         f"makes a {out.suffix} of it")
     if out.suffix.lower() in (".npy", ".binaryproto", ".caffemodel", ".prototxt"):
-        raise UserError(f"{out} is called like something to read; name a .pt to write, and a mean image by --mean")
+        raise UserError(f"{out} has the name of an input file; name a .pt to write, and a mean image by --mean")
     for path in (file, mean):
         if path and Path(path).exists() and out.exists() and out.samefile(path):
             raise UserError(f"{out} is a file to read; name another one to write")

@@ -98,7 +98,8 @@ def to_onnx(checkpoint: dict, path) -> tuple[bytes, str]:
         needs_package(name)
     net = Whole(build_net(checkpoint, path), checkpoint["mean"], checkpoint["image_size"]).eval()
     if (size := sum(tensor.nbytes for tensor in net.state_dict().values())) > LARGEST:
-        raise UserError(f"the weights take {size / 1e9:.1f} GB, and an .onnx file holds 2; a .safetensors takes them")
+        raise UserError(f"the weights take {size / 1e9:.1f} GB, and an .onnx file holds at most 2; "
+                        "write a .safetensors")
     content = exported(net, checkpoint)
     pictures = torch.from_numpy(np.random.default_rng(0).integers(
         0, 256, (CHECKED, checkpoint["image_size"], checkpoint["image_size"], 3), np.uint8

@@ -170,7 +170,7 @@ def reopen(run: Training, world: int) -> str:
                         "differ by rounding")
     if (before := config.get("processes", world)) != world:
         warnings.append(f"this run was started with {before} process{'es' * (before != 1)} and goes on with {world}: "
-                        "dropout's masks are others")
+                        "dropout's masks will differ")
     return "; ".join(warnings)
 
 
@@ -304,8 +304,8 @@ def load_last(run: Training, device: torch.device) -> str:
         f"{run.args.out / LAST} is damaged or missing: this run goes on from {PREVIOUS}, step {run.state.step}"
     ]
     if math.isfinite(run.schedule.best) and not (run.args.out / "best.pt").exists():
-        warnings.append(f"{run.args.out / 'best.pt'} is missing, the net of {run.schedule.best:.2f}%: the next epoch's "
-                        "takes its place, better or not")
+        warnings.append(f"{run.args.out / 'best.pt'} is missing, the net of {run.schedule.best:.2f}%: the next "
+                        "epoch's net replaces it, better or not")
     return "; ".join(warnings)
 
 

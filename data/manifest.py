@@ -53,12 +53,12 @@ def read_manifest(store: Path) -> tuple[dict, str]:
     if missing := PARTS - set(manifest):
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; pack the store again")
     if wrong := _wrong_part(manifest) or ("checksum" if not fits_checksum(manifest) else None):
-        raise UserError(f"{path} is damaged or was changed: its {wrong} cannot be right; pack the store again")
+        raise UserError(f"{path} is damaged or was changed: its {wrong} is not valid; pack the store again")
     return manifest, hashlib.sha256(text).hexdigest()
 
 
 def _wrong_part(manifest: dict) -> str | None:
-    """The first part of a manifest that can't be right; names of files stay within the store."""
+    """The first part of a manifest that is not valid; names of files stay within the store."""
     shards, files, classes, wnids = (manifest[name] for name in ("shards", "files", "classes", "wnids"))
 
     def whole(value, low: int, high: int) -> bool:

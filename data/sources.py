@@ -361,7 +361,7 @@ def _check_hdf5(path: Path, splits: dict) -> None:
                 raise UserError(f"{path}: {split}/{name} has chunks of {data.chunks}, which take too much memory to "
                                 f"unpack; at most {MOST_CHUNK:,} bytes")
         if math.prod(images.shape[1:]) > MOST_CHUNK or len(images) > 10**8:
-            raise UserError(f"{path}: {split}/images has a shape that no set has, {images.shape}")
+            raise UserError(f"{path}: {split}/images has an impossible shape, {images.shape}")
 
 
 def _check_labels(path: Path, classes: list[str], splits: dict) -> None:

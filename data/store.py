@@ -92,7 +92,7 @@ class Store:
     """An existing store, opened for reading.
 
     path: its folder. Files' sizes are compared with the manifest before anything is mapped. Raises UserError where
-    something is missing, torn or of another format.
+    something is missing, damaged or of another format.
 
     classes: names, by label. wnids: those of the classes, or None. unlabelled: splits without labels.
     size: the pictures' side in pixels. channels: 1 or 3. mean: (size, size, channels)
@@ -122,7 +122,7 @@ class Store:
             found = file.stat() if file.exists() else None
             if found is None or found.st_size != entry["bytes"]:
                 said = "is missing" if found is None else f"has {found.st_size} bytes instead of {entry['bytes']}"
-                raise UserError(f"{file} {said}: the store is torn; copy or pack it again")
+                raise UserError(f"{file} {said}: the store is damaged; copy or pack it again")
             changed[name] = found.st_mtime
         return changed
 

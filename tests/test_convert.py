@@ -409,7 +409,7 @@ def test_what_is_written_is_called_a_pt(torchvision_file, tmp_path, capsys):
         with pytest.raises(UserError, match=rf"is a .pt, .* checkpoints.export makes a .{ending} of it"):
             convert.main([str(torchvision_file), str(tmp_path / f"out.{ending}")])
     (tmp_path / "mean.binaryproto").write_bytes(b"a mean")
-    with pytest.raises(UserError, match=r"is called like something to read; name a .pt to write, and a mean .* --mean"):
+    with pytest.raises(UserError, match=r"has the name of an input file; name a .pt to write, and a mean .* --mean"):
         convert.main([str(torchvision_file), str(tmp_path / "mean.binaryproto")])
     assert (tmp_path / "mean.binaryproto").read_bytes() == b"a mean"
     convert.main([str(torchvision_file), str(tmp_path / "my nets" / "a.pt")])

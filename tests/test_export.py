@@ -224,9 +224,9 @@ def test_headers_that_lie_are_one_line(run_folder, tmp_path):
     tensors = load_file(tmp_path / "good.safetensors")
     about = {k: v for k, v in load_checkpoint(run_folder / "best.pt").items() if k not in ("model", "mean", "store")}
     for number, (change, message) in enumerate([
-        ({"classes": "cat"}, "its classes cannot be right"), ({"resize": "folded"}, "its resize cannot be right"),
+        ({"classes": "cat"}, "its classes is not valid"), ({"resize": "folded"}, "its resize is not valid"),
         ({"config": about["config"] | {"columns": 2}}, "the weights do not fit the net"),
-        ({"store_size": 71}, "its mean cannot be right"), ({"config": None}, "its config cannot be right"),
+        ({"store_size": 71}, "its mean is not valid"), ({"config": None}, "its config is not valid"),
     ]):
         path = tmp_path / f"{number}.safetensors"
         save_file(tensors, path, {"alexnet": json.dumps(about | change)})
@@ -248,7 +248,7 @@ def test_what_cannot_be_written_is_one_line(run_folder, tmp_path, monkeypatch):
             export.main(arguments) if "full" not in arguments[1] else full_disk(arguments, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(export, "LARGEST", 10**6)
-        with pytest.raises(UserError, match=r"take 0.1 GB, and an .onnx file holds 2; a .safetensors takes them"):
+        with pytest.raises(UserError, match=r"take 0.1 GB, and an .onnx file holds at most 2; write a .safetensors"):
             export.main([best, str(tmp_path / "large.onnx")])
     (tmp_path / "net.onnx").write_bytes(b"")
     with pytest.raises(UserError, match="is for ONNX Runtime and the like"):

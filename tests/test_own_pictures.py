@@ -351,7 +351,7 @@ def test_init_from_a_net_without_dropout_has_none_either(run_folder, store, tmp_
 
 
 def test_freeze_needs_weights(store, tmp_path):
-    with pytest.raises(UserError, match="--freeze conv5 keeps weights that have learnt nothing yet; --init CHECKPOINT"):
+    with pytest.raises(UserError, match="--freeze conv5 would freeze untrained weights; add --init CHECKPOINT"):
         run(store, tmp_path / "run", "--freeze", "conv5")
 
 

@@ -159,7 +159,7 @@ def test_kernels_and_resume(run_folder, tmp_path, capsys):
     resume(out, "--epochs", 2, "--max-steps", 7)
     said = capsys.readouterr().err
     assert "warning: this run was started with LRN by hand and goes on with LRN compiled from kernels.c" in said
-    assert "this run was started with 8 processes and goes on with 1: dropout's masks are others" in said
+    assert "this run was started with 8 processes and goes on with 1: dropout's masks will differ" in said
 
 
 def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_path):
@@ -174,7 +174,7 @@ def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_pat
     ]:
         changed = config | {"arguments": config["arguments"] | {name: value}}
         (tmp_path / "run/config.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} cannot be right"):
+        with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} is not valid"):
             resume(tmp_path / "run")
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(UserError, match=r"config.json is missing or damaged"):

@@ -352,7 +352,7 @@ def test_hdf5_files_that_claim_too_much_or_lead_outside_are_refused(tmp_path):
     external = [(str(tmp_path / "pixels"), 0, 20 * 40 * 40 * 3)]
     cases = {
         "which take too much memory": {"images": lambda f, n: f.create_dataset(n, (20, 30_000, 30_000, 3), **chunk)},
-        "a shape that no set has": {"images": lambda f, n: f.create_dataset(n, (20, 10**5, 10**5, 3), "u1")},
+        "an impossible shape": {"images": lambda f, n: f.create_dataset(n, (20, 10**5, 10**5, 3), "u1")},
         "20 images and 1000000000000 labels": {"labels": lambda f, n: f.create_dataset(n, (10**12,), "i8")},
         "train/images lies in another file": {"images": lambda f, n: f.create_virtual_dataset(n, layout)},
         "images lies in another file": {

@@ -66,7 +66,7 @@ def test_a_store_that_was_packed_anew_is_told_of(run_folder, tmp_path, capsys):
             del other["fingerprint"]
         checkpoints.save_checkpoint(tmp_path / "other.pt", other)
         assert test.main([str(tmp_path / "other.pt"), "--split", "val"]) == 0
-        said = f"was packed anew after {tmp_path / 'other.pt'} had been trained; what are validation pictures in it"
+        said = f"was packed anew after {tmp_path / 'other.pt'} had been trained; its validation pictures"
         assert (said in capsys.readouterr().err) == told
 
 
@@ -293,8 +293,8 @@ def test_what_does_not_fit_is_refused(run_folder, tmp_path, monkeypatch):
         ([best, "--images", "cat.jpg", "--predictions", "cat.jpg"], "that is a checkpoint or a picture"),
         ([best, "--predictions", str(tmp_path / "link.csv")], "that is a checkpoint or a picture"),
         ([best, "--predictions", str(tmp_path / "x"), "--confusion", str(tmp_path / "x")], "--predictions goes there"),
-        ([best, "--features", str(tmp_path / "f.safetensors")], "that is a checkpoint or a picture, or called so"),
-        ([best, "--predictions", best], "that is a checkpoint or a picture, or called so"),
+        ([best, "--features", str(tmp_path / "f.safetensors")], "that is a checkpoint or a picture"),
+        ([best, "--predictions", best], "that is a checkpoint or a picture"),
     ):
         with pytest.raises(UserError, match=message):
             test.main(arguments)
@@ -351,7 +351,7 @@ def test_other_class_names_are_warned_of(run_folder, tmp_path, capsys):
     assert "class names" in capsys.readouterr().err
     source.classes = small_source().classes[::-1]
     other = pack.pack(source, tmp_path / "reversed")
-    with pytest.raises(UserError, match="in another order, and takes one for another there"):
+    with pytest.raises(UserError, match="in another order, and its predictions would be wrong there"):
         test.main([str(run_folder / "best.pt"), "--data", str(other.path)])
 
 
