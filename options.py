@@ -60,8 +60,7 @@ def parse(argv, interrupted: Path | None = None) -> Namespace:
     if useless and not args.lrn:
         raise UserError(f"{worded(useless[0], given[useless[0]])}: without LRN there is nothing for it to change")
     if args.freeze and not args.init:
-        raise UserError(f"--freeze {args.freeze} would freeze untrained weights; add --init "
-                        "CHECKPOINT")
+        raise UserError(f"--freeze {args.freeze} would freeze untrained weights; add --init CHECKPOINT")
     return args
 
 
@@ -112,7 +111,7 @@ def refuse_changed(stored: dict, folder: Path) -> None:
     if not isinstance(stored.get("packed_from", {}), dict):
         wrong.append("packed_from")
     if wrong:
-        raise UserError(f"{folder / 'config.json'} was changed, or is damaged: its {wrong[0]} is not valid")
+        raise UserError(f"{folder / 'config.json'} was changed, or is damaged: invalid {wrong[0]}")
 
 
 def could_be_given(action: Action, value) -> bool:

@@ -66,7 +66,7 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
     wrong = _wrong_entry(checkpoint)
     if wrong:
-        raise UserError(f"{path} is no checkpoint of this project, or was changed: its {wrong} is not valid")
+        raise UserError(f"{path} is no checkpoint of this project, or was changed: invalid {wrong}")
     return checkpoint
 
 

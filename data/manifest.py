@@ -53,7 +53,7 @@ def read_manifest(store: Path) -> tuple[dict, str]:
     if missing := PARTS - set(manifest):
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; pack the store again")
     if wrong := _wrong_part(manifest) or ("checksum" if not fits_checksum(manifest) else None):
-        raise UserError(f"{path} is damaged or was changed: its {wrong} is not valid; pack the store again")
+        raise UserError(f"{path} is damaged or was changed: invalid {wrong}; pack the store again")
     return manifest, hashlib.sha256(text).hexdigest()
 
 

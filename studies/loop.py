@@ -260,7 +260,7 @@ def load(run: Run) -> None:
 
 
 def read_checkpoint(path: Path, device="cpu") -> dict | None:
-    """A last.pt of this loop; None for any other file."""
+    """A last.pt of this loop; None for any other file, or where there is none. Raises OSError where the disk fails."""
     try:
         checkpoints.check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)

@@ -443,9 +443,10 @@ def test_exit_status_and_overwriting(torchvision_file, tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: ")
     os.mkfifo(tmp_path / "pipe")
-    for arguments in (("missing.pth", tmp_path / "x.pt"), (torchvision_file, tmp_path / "pipe")):
-        with pytest.raises(UserError):
-            convert.main([*map(str, arguments)])
+    for file, out, message in (("missing.pth", "x.pt", "no such file"), (torchvision_file, "pipe", "no regular file")):
+        with pytest.raises(UserError, match=message) as caught:
+            convert.main([str(file), str(tmp_path / out)])
+        assert "\n" not in str(caught.value)
     assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "x.pt").write_text("old")
     assert start(torchvision_file, tmp_path / "x.pt").returncode == 0

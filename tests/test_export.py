@@ -224,9 +224,9 @@ def test_headers_that_lie_are_one_line(run_folder, tmp_path):
     tensors = load_file(tmp_path / "good.safetensors")
     about = {k: v for k, v in load_checkpoint(run_folder / "best.pt").items() if k not in ("model", "mean", "store")}
     for number, (change, message) in enumerate([
-        ({"classes": "cat"}, "its classes is not valid"), ({"resize": "folded"}, "its resize is not valid"),
+        ({"classes": "cat"}, "invalid classes"), ({"resize": "folded"}, "invalid resize"),
         ({"config": about["config"] | {"columns": 2}}, "the weights do not fit the net"),
-        ({"store_size": 71}, "its mean is not valid"), ({"config": None}, "its config is not valid"),
+        ({"store_size": 71}, "invalid mean"), ({"config": None}, "invalid config"),
     ]):
         path = tmp_path / f"{number}.safetensors"
         save_file(tensors, path, {"alexnet": json.dumps(about | change)})

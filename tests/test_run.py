@@ -174,7 +174,7 @@ def test_a_config_with_what_no_command_line_gives_is_refused(run_folder, tmp_pat
     ]:
         changed = config | {"arguments": config["arguments"] | {name: value}}
         (tmp_path / "run/config.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=f"config.json was changed, or is damaged: its {name} is not valid"):
+        with pytest.raises(UserError, match=f"config.json was changed, or is damaged: invalid {name}"):
             resume(tmp_path / "run")
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(UserError, match=r"config.json is missing or damaged"):

@@ -138,7 +138,7 @@ def test_a_changed_number_in_a_manifest_is_refused(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     shorter = manifest["shards"] | {"test": [manifest["shards"]["test"][0] | {"count": 20}]}
     edit_manifest(copy, shards=shorter)
-    with pytest.raises(UserError, match="its checksum is not valid"):
+    with pytest.raises(UserError, match="invalid checksum"):
         store.Store(copy)
     del manifest["checksum"]
     (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": shorter}))
@@ -336,7 +336,7 @@ def test_damaged_records_are_replaced_where_that_is_wanted(copy):
 ])
 def test_what_cannot_be_right_in_a_manifest_is_named(copy, part, value):
     edit_manifest(copy, **{part: value})
-    with pytest.raises(UserError, match=rf"its {part}.* is not valid"):
+    with pytest.raises(UserError, match=rf"invalid {part}"):
         store.Store(copy)
 
 
